@@ -13,7 +13,12 @@ _COMMANDS = {
     "test": "the test loop of a model that has one",
     "predict": "the predict loop of a model that has one",
     "export": "backbone.safetensors from a checkpoint",
+    "convert": "backbone.safetensors, or a checkpoint, from an official one",
     "preview": "a picture of the views that a config makes",
+    "report": "one HTML page about one or several runs, to send to others",
+    "doctor": "read a folder of images before training does, and list those to leave out",
+    "sweep": "search for hyper-parameters by a wandb sweep file, without a server",
+    "data": "optimize: a folder of images as shards, which disks and networks read faster",
     "methods": "what methods there are",
 }
 
@@ -73,10 +78,30 @@ def _run(command: str, args: list[str]) -> None:
         from ssl_distill.commands.export import export
 
         export(args)
+    elif command == "convert":
+        from ssl_distill.commands.convert import convert
+
+        convert(args)
     elif command == "preview":
         from ssl_distill.commands.preview import preview
 
         preview(args)
+    elif command == "report":
+        from ssl_distill.commands.report import report
+
+        report(args)
+    elif command == "sweep":
+        from ssl_distill.commands.sweep import sweep
+
+        sweep(args)
+    elif command == "doctor":
+        from ssl_distill.commands.doctor import doctor
+
+        doctor(args)
+    elif command == "data":
+        from ssl_distill.commands.data import data
+
+        data(args)
     else:
         from ssl_distill.commands.train import train
 

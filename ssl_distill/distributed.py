@@ -1,5 +1,7 @@
 """Statistics over all ranks; each function is the identity on one process."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -58,3 +60,13 @@ def gather_rows(rows: Tensor) -> Tensor:
     gathered = [torch.empty_like(padded) for _ in range(world_size())]
     dist.all_gather(gathered, padded)
     return torch.cat([part[: int(n)] for part, n in zip(gathered, counts, strict=True)])
+
+
+def local_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What this rank holds of each tensor: its shard if it is sharded, else all of it. No copies."""
+    return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, whose class takes long to import."""
+    return hasattr(tensor, "to_local")

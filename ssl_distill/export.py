@@ -10,7 +10,7 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import ssl_distill
 from ssl_distill.backbones import presets
@@ -21,13 +21,20 @@ _KEY = "ssl_distill"  # all our metadata is one JSON text under this key: safete
 _DECISIVE = ("knn_top1", "linear_top1")  # measures of evaluation that can rank encoders
 
 
-def export_backbone(encoder: nn.Module, path: str | Path, metadata: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def export_backbone(
+    encoder: nn.Module,
+    path: str | Path,
+    metadata: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> dict[str, Any]:
     """Save an encoder's weights under timm's parameter names.
 
     Args:
-        encoder: What `Distiller.encoders()` gives; its `timm_name` and `timm_kwargs` say how timm makes it again.
+        encoder: What `Distiller.encoders()` gives; its `timm_name` and `timm_kwargs` say how timm makes it again,
+            or its `loader` names the function that does.
         path: A .safetensors file; an old one is replaced once the new one is whole.
         metadata: What else is known of it, such as `method`, `encoder`, `mean`, `std`, `input_size`, `scores`.
+        weights: State to save in place of the encoder's own.
 
     Returns:
         The metadata as it was saved.
@@ -39,18 +46,24 @@ def export_backbone(encoder: nn.Module, path: str | Path, metadata: Mapping[str,
         "timm_kwargs": getattr(encoder, "timm_kwargs", {}),
         "position_mode": getattr(encoder, "position_mode", None),
         "class": f"{type(encoder).__module__}.{type(encoder).__qualname__}",
+        "loader": getattr(encoder, "loader", None),
         **(metadata or {}),
         "versions": {"ssl_distill": ssl_distill.__version__, "torch": torch.__version__, "timm": version("timm")},
     }
     # Clones: safetensors refuses tensors that share memory, as tied weights do.
-    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in encoder.state_dict().items()}
+    state = encoder.state_dict() if weights is None else weights
+    tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, {"format": "pt", _KEY: json.dumps(config, default=str)})
     return config
 
 
 def export_method(
-    method: Any, path: str | Path, encoder: str | None = None, scores: Mapping[str, float] | None = None
+    method: Any,
+    path: str | Path,
+    encoder: str | None = None,
+    scores: Mapping[str, float] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Save one encoder of a method with all that is needed to use it.
 
@@ -59,30 +72,57 @@ def export_method(
         path: As in `export_backbone`.
         encoder: Which of `method.encoders()`; None takes the one with the best score, else the first.
         scores: Latest values of `val/<encoder>/<metric>`.
+        weights: State of the method, such as a checkpoint's, to save in place of its own.
 
     Returns:
         The metadata as it was saved.
 
     Raises:
-        ValueError: If there is no such encoder.
+        ValueError: If there is no such encoder, or none is named and the method trains several models.
     """
-    encoders = method.encoders()
-    scores = scores or {}
-    name = encoder or better_encoder(list(encoders), scores)
-    if name not in encoders:
-        raise ValueError(f"`encoder` must be one of {', '.join(encoders)}, got {name}.")
+    name = choose_encoder(method, encoder, scores)
+    module = method.encoders()[name]
+    if weights is not None:
+        weights = _part(weights, next(place for place, each in method.named_modules() if each is module))
+    return export_backbone(module, path, describe_encoder(method, name, scores), weights)
+
+
+def describe_encoder(method: Any, name: str, scores: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """Where an encoder comes from, how its inputs are normalised, what it scored."""
     mean, std = method.normalization
-    pretrained_size = getattr(encoders[name], "pretrained_cfg", {}).get("input_size", (3, None, None))
+    pretrained_size = getattr(method.encoders()[name], "pretrained_cfg", {}).get("input_size", (3, None, None))
     size = getattr(method.augment, "global_size", pretrained_size[-1])
-    metadata = {
+    return {
         "method": f"{type(method).__module__}.{type(method).__qualname__}",
         "encoder": name,
         "mean": list(mean),
         "std": list(std),
         "input_size": [3, size, size],
-        "scores": {key: value for key, value in scores.items() if key.startswith(f"val/{name}/")},
+        "scores": {key: value for key, value in (scores or {}).items() if key.startswith(f"val/{name}/")},
     }
-    return export_backbone(encoders[name], path, metadata)
+
+
+def models_of(method: Any) -> list[list[str]]:
+    """Names of a method's encoders, model by model: those of one model are the same network in different states."""
+    models: list[list[str]] = method.models() if hasattr(method, "models") else [list(method.encoders())]
+    return models
+
+
+def choose_encoder(method: Any, encoder: str | None = None, scores: Mapping[str, float] | None = None) -> str:
+    """The encoder that is asked for, else the better one of the only model.
+
+    Raises:
+        ValueError: If there is no such encoder, or none is named and the method trains several models.
+    """
+    names = ", ".join(method.encoders())
+    if encoder is not None and encoder not in method.encoders():
+        raise ValueError(f"`encoder` must be one of {names}, got {encoder}.")
+    models = models_of(method)
+    if encoder is None and len(models) > 1:
+        raise ValueError(
+            f"`encoder` must be named, since {type(method).__name__} trains {len(models)} models: {names}."
+        )
+    return encoder or better_encoder(models[0], scores or {})
 
 
 def better_encoder(names: Sequence[str], scores: Mapping[str, float]) -> str:
@@ -152,10 +192,24 @@ def load_backbone(path: str | Path, features_only: bool = False, module: nn.Modu
 def loading_lines(path: str | Path) -> list[str]:
     """Python that loads an exported file, one line with this package and one with timm if timm can."""
     config = read_metadata(path)
-    ours = f'import ssl_distill; backbone = ssl_distill.load_backbone("{path}")'
+    file = quoted(path)
+    if config.get("loader"):
+        module, _, function = config["loader"].rpartition(".")
+        return [f"from {module} import {function}; backbone = {function}({file})"]
     if config["timm_name"] is None:
-        return [ours.replace('")', '", module=...)')]
+        return [f"import ssl_distill; backbone = ssl_distill.load_backbone({file}, module=...)"]
+    ours = f"import ssl_distill; backbone = ssl_distill.load_backbone({file})"
     modules = "timm, ssl_distill.backbones.presets" if config["timm_name"] in presets.default_cfgs else "timm"
     kwargs = "".join(f", {key}={value!r}" for key, value in config["timm_kwargs"].items())
-    call = f'timm.create_model("{config["timm_name"]}", num_classes=0{kwargs}, checkpoint_path="{path}")'
+    call = f'timm.create_model("{config["timm_name"]}", num_classes=0{kwargs}, checkpoint_path={file})'
     return [ours, f"import {modules}; backbone = {call}"]
+
+
+def quoted(path: str | Path) -> str:
+    """A path as Python writes it in a source."""
+    return json.dumps(str(path), ensure_ascii=False)
+
+
+def _part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """The state of one submodule."""
+    return {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}

@@ -61,11 +61,13 @@ class TwoViews(NamedTuple):
         images: First and second views.
         boxes_xyxy: Left, top, right, bottom edges of each view in pixels of the original image.
         flip: True where the view is mirrored left to right.
+        origin: Seed and epoch of the draws and number of the image. Equal rows are equal views.
     """
 
     images: Float[Tensor, "2 B 3 H W"]
     boxes_xyxy: Float[Tensor, "2 B 4"]
     flip: Bool[Tensor, "2 B"]
+    origin: Int[Tensor, "B 3"]
 
 
 class MaskedImages(NamedTuple):

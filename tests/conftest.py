@@ -1,6 +1,7 @@
 """Fixtures of the whole suite: golden files, shape checks, one thread."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden", default=str(Path(__file__).parent / "golden"), help="folder of the golden files")
+    parser.addoption("--runs", help="folder that keeps the runs of `tests/numbers`: a finished one is not repeated")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,23 @@ class Golden:
         found = sorted(f"{method}/{path.stem}" for path in self.folder.glob(f"{pattern}.safetensors"))
         assert found, f"no golden file matches {pattern} in {self.folder}"
         return found
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder of the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSL_DISTILL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def fit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs the real command, for `tests/numbers`."""
+    from fit_runs import Fit  # not before the hook above
+
+    kept = request.config.getoption("--runs")
+    return Fit(Path(kept).resolve() if kept else tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="session")

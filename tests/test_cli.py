@@ -140,8 +140,8 @@ def test_help_and_methods_import_nothing_heavy():
 
 def test_fit_leaves_a_run_folder(finished):
     assert {path.name for path in finished.iterdir()} == {
-        "backbone.safetensors", "best.ckpt", "config.yaml", "curves.png", "evaluation.json", "last.ckpt", "metrics.csv",
-        "views.png",
+        "backbone.safetensors", "best.ckpt", "config.yaml", "curves.png", "environment.json", "evaluation.json",
+        "last.ckpt", "metrics.csv", "neighbours.png", "pca.png", "views.png",
     }  # fmt: skip
     rows = read_metrics(finished / "metrics.csv")
     assert [row["step"] for row in rows if "val/score" in row] == [0, 3, 7]  # before the first step, and after epochs
@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tiny, capsys):
 def test_export(finished, tmp_path, capsys):
     for options, name in ([], "backbone"), (["--encoder", "student"], "student"):
         output = tmp_path / f"{name}.safetensors"
-        assert main(["export", str(finished / "last.ckpt"), "--output", str(output), *options]) == 0
+        assert main(["export", str(finished / "best.ckpt"), "--output", str(output), *options]) == 0
         assert str(output) in capsys.readouterr().out
     ours, at_the_end = (folder / "backbone.safetensors" for folder in (tmp_path, finished))
     assert read_metadata(ours) == read_metadata(at_the_end)
@@ -257,7 +257,7 @@ def test_a_model_that_is_no_method(tiny):
     model = json.dumps({"class_path": "test_cli.Classifier", "init_args": {"width": 4}})
     assert main(["fit", "-c", "probe.yaml", "--model", model]) == 0
     assert {path.name for path in Path("runs/classifier").iterdir()} == {
-        "config.yaml", "curves.png", "last.ckpt", "metrics.csv"
+        "config.yaml", "curves.png", "environment.json", "last.ckpt", "metrics.csv"
     }  # fmt: skip
 
 
@@ -265,6 +265,25 @@ def test_quickstart_config(tmp_path):
     config = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
     less = ["--data.num_images", "8", "--data.batch_size", "4", "--data.query_size", "8"]
     assert main(["preview", "-c", str(config), "-n", "2", "--output", str(tmp_path / "views.png"), *less]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ("--trainer.precision bf16-mixed", 8),
+        ("--trainer.precision bf16-mixed --trainer.gradient_clip_val 1.0", 8),
+        ("--trainer.accumulate_grad_batches 2", 4),
+        ("--trainer.max_steps 3", 3),
+        ("--trainer.max_time 00:01:00:00 --trainer.max_steps 2", 2),
+    ],
+)
+def test_trainer_options(tiny, options, steps):
+    assert main(["fit", "-c", tiny, *options.split()]) == 0
+    checkpoint = torch.load("runs/dino/last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == steps
+    assert all(value.dtype == torch.float32 for value in checkpoint["state_dict"].values() if value.is_floating_point())
+    rows = read_metrics("runs/dino/metrics.csv")
+    assert {"val/score", "train/loss"} <= {key for row in rows for key in row}
 
 
 @pytest.mark.ddp

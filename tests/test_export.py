@@ -76,11 +76,15 @@ def test_other_sizes_are_resized_as_in_training(tmp_path):
     assert maps[-1].shape == (2, 192, 6, 6)
 
 
-@pytest.mark.parametrize("name", ["convnet_nano", "resnet18"])
-def test_the_printed_lines_work(tmp_path, name):
-    backbone, images = trained(name), torch.randn(2, 3, 32, 32)
-    export_backbone(backbone, tmp_path / "backbone.safetensors")
-    lines = loading_lines(tmp_path / "backbone.safetensors")
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [("convnet_nano", {}), ("resnet18", {}), ("vit_tiny_patch16_224", SMALL_VIT), ("convnext_atto", {"dims": [8] * 4})],
+)
+def test_the_printed_lines_work(tmp_path, name, kwargs):
+    backbone, images = trained(name, **kwargs), torch.randn(2, 3, 32, 32)
+    path = tmp_path / 'a "quoted" folder' / "backbone.safetensors"
+    export_backbone(backbone, path)
+    lines = loading_lines(path)
     assert len(lines) == 2
     for line in lines:
         names = {}
@@ -106,9 +110,13 @@ def test_a_users_module(tmp_path):
     assert loading_lines(path) == [f'import ssl_distill; backbone = ssl_distill.load_backbone("{path}", module=...)']
 
 
+def small_dino(**kwargs):
+    return DINO("convnet_nano", num_prototypes=8, head=lambda d, k: PrototypeHead(d, k, 8, 8), **kwargs)
+
+
 def test_method(tmp_path):
     augment = MultiCropAugment(global_size=32, local_size=16, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    method = DINO("convnet_nano", num_prototypes=8, head=lambda d, k: PrototypeHead(d, k, 8, 8), augment=augment)
+    method = small_dino(augment=augment)
     path = tmp_path / "backbone.safetensors"
     scores = {"val/teacher/knn_top1": 0.3, "val/student/knn_top1": 0.4, "val/score": 0.4}
     config = export_method(method, path, scores=scores)
@@ -120,6 +128,15 @@ def test_method(tmp_path):
     assert state.keys() == method.encoders()["student"].state_dict().keys()
     assert export_method(method, path)["encoder"] == "teacher"  # the headline, where nothing was measured
     assert export_method(method, path, "student")["encoder"] == "student"
+
+
+def test_a_checkpoint_in_place_of_the_method(tmp_path):
+    """The weights of another moment, without touching those that the method has now."""
+    method, other = small_dino(), small_dino()
+    now = {name: value.clone() for name, value in method.state_dict().items()}
+    export_method(method, tmp_path / "backbone.safetensors", "student", weights=other.state_dict())
+    torch.testing.assert_close(load_file(tmp_path / "backbone.safetensors"), dict(other.student.backbone.state_dict()))
+    torch.testing.assert_close(dict(method.state_dict()), now, rtol=0, atol=0)
 
 
 def test_better_encoder():
@@ -136,7 +153,7 @@ def test_errors(tmp_path):
     export_backbone(trained("convnet_nano"), cut)
     whole = cut.read_bytes()
     cut.write_bytes(whole[: len(whole) // 2])
-    method = DINO("convnet_nano", num_prototypes=8, head=lambda d, k: PrototypeHead(d, k, 8, 8))
+    method = small_dino()
     table = [
         (lambda: load_backbone(tmp_path / "none.safetensors"), "none.safetensors does not exist"),
         (lambda: load_backbone(stranger), "was not exported by ssl-distill"),

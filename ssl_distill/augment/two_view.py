@@ -74,4 +74,5 @@ class TwoViewAugment(nn.Module):
             squashed, boxes, flip = (each.unflatten(0, (2, -1)) for each in (squashed, boxes, flip))
             recipes = [self.recipe_1, self.recipe_2]
             images = cut_views(batch.image, squashed, flip, self.global_size, recipes, color_draws, self.mean, self.std)
-        return TwoViews(images, boxes, flip)
+        seed, epoch = (torch.full_like(batch.index, number) for number in draws)
+        return TwoViews(images, boxes, flip, torch.stack([seed, epoch, batch.index], dim=1))

@@ -49,10 +49,10 @@ class StagedFeatures(nn.Module):
             x = block(x)
         return Tokens(x[:, :1], x[:, self.backbone.num_prefix_tokens :])
 
-    def follow(self, student: VisionTransformer) -> None:
-        """Become the student's encoder, all of it."""
+    def follow(self, student: VisionTransformer, depth: int) -> None:
+        """Become the student's encoder, of which `depth` blocks are in use."""
         self.backbone.load_state_dict(student.state_dict())
-        self.depth = len(self.backbone.blocks)
+        self.depth = depth
         self.stage += 1
 
     def get_extra_state(self) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssl_distill.backbones.position import resize_position_embedding
 from ssl_distill.backbones.vit import VisionTransformer
@@ -27,8 +27,16 @@ def load_official_vit(backbone: VisionTransformer, checkpoint: Mapping[str, Any]
     Raises:
         ValueError: If the network is not found, or its weights are not the backbone's.
     """
-    state = _resize_positions(_split_class_tokens(_encoder_state(checkpoint, branch)), backbone)
-    expected = backbone.state_dict()
+    load_exactly(backbone, _resize_positions(_split_class_tokens(_encoder_state(checkpoint, branch)), backbone))
+
+
+def load_exactly(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load weights of which none is missing, left over or of another size.
+
+    Raises:
+        ValueError: If one is; names it.
+    """
+    expected = network.state_dict()
     for problem, names in {
         "lacks": sorted(expected.keys() - state.keys()),
         "has unknown": sorted(state.keys() - expected.keys()),
@@ -37,8 +45,8 @@ def load_official_vit(backbone: VisionTransformer, checkpoint: Mapping[str, Any]
         ),
     }.items():
         if names:
-            raise ValueError(f"`checkpoint` does not fit the backbone: it {problem} {_shortened(names)}.")
-    backbone.load_state_dict(state)
+            raise ValueError(f"`checkpoint` does not fit the network: it {problem} {_shortened(names)}.")
+    network.load_state_dict(state)
 
 
 def _encoder_state(checkpoint: Mapping[str, Any], branch: str) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from ssl_distill.callbacks.metrics_file import read_metrics
+from ssl_distill.callbacks.metrics_table import read_metrics
 
 _ORDER = ("train/loss", "train/", "schedule/", "train/health/", "val/", "")  # panels; "" is everything else
 _COLUMNS = 4
@@ -21,7 +21,7 @@ def draw_curves(metrics: str | Path, path: str | Path) -> None:
     """
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    panels = _panels(read_metrics(metrics))
+    panels = curve_panels(read_metrics(metrics))
     if not panels:
         return
     rows = math.ceil(len(panels) / _COLUMNS)
@@ -39,7 +39,7 @@ def draw_curves(metrics: str | Path, path: str | Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _panels(rows: Iterable[dict[str, float]]) -> dict[str, Curves]:
+def curve_panels(rows: Iterable[dict[str, float]]) -> dict[str, Curves]:
     """Finite points (step, value) by panel and curve, panels in reading order."""
     panels: dict[str, Curves] = {}
     for row in rows:

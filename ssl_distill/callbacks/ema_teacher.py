@@ -7,6 +7,8 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
+from ssl_distill.callbacks.logged_step import is_logged_step
+from ssl_distill.distributed import local_parts
 from ssl_distill.optim.schedules import Cosine
 
 
@@ -16,7 +18,8 @@ def ema_update(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
 
     Buffers stay the teacher's own: batch-norm statistics come from its own forward passes.
     """
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - momentum)
+    # Of sharded networks every rank moves its own share: both are divided alike.
+    torch._foreach_lerp_(local_parts(teacher.parameters()), local_parts(student.parameters()), 1 - momentum)
 
 
 class EMATeacher(Callback):
@@ -47,4 +50,5 @@ class EMATeacher(Callback):
         momentum = self.momentum.at(pl_module.position._replace(step=trainer.global_step - 1))
         for student, teacher in self.pairs:
             ema_update(student, teacher, momentum)
-        pl_module.log("schedule/momentum", momentum)
+        if is_logged_step(trainer, trainer.global_step):
+            pl_module.log("schedule/momentum", momentum)

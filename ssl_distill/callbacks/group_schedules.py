@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from ssl_distill.callbacks.logged_step import is_logged_step
 from ssl_distill.callbacks.schedules import global_batch_of
-from ssl_distill.optim.schedules import Cosine, warn_if_warmup_exceeds_run
+from ssl_distill.optim.schedules import Schedule, warn_if_warmup_exceeds_run
 
 
 class Knobs(NamedTuple):
@@ -18,8 +19,8 @@ class Knobs(NamedTuple):
         weight_decay: Decay of the decayed groups.
     """
 
-    learning_rate: Cosine
-    weight_decay: Cosine
+    learning_rate: Schedule
+    weight_decay: Schedule
 
 
 class GroupSchedules(Callback):
@@ -65,6 +66,7 @@ class GroupSchedules(Callback):
                 value = values[group["schedule"]]
                 group["lr"] = value["learning_rate"] * group.get("lr_scale", 1.0)
                 group["weight_decay"] = value["weight_decay"] if group.get("decayed", True) else 0.0
-        pl_module.log_dict(
-            {f"schedule/{knob}_{name}": number for name, value in values.items() for knob, number in value.items()}
-        )
+        if is_logged_step(trainer, trainer.global_step + 1):
+            pl_module.log_dict(
+                {f"schedule/{knob}_{name}": number for name, value in values.items() for knob, number in value.items()}
+            )

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from ssl_distill.callbacks.atomic import replacing
+from ssl_distill.callbacks.metrics_table import read_metrics
 
 
 class MetricsFile(Logger):
@@ -64,12 +65,3 @@ class MetricsFile(Logger):
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(rows)
-
-
-def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """Rows of a `metrics.csv`, each with the numbers it has; none if there is no such file."""
-    if not Path(path).exists():
-        return []
-    with Path(path).open(newline="") as file:
-        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-    return [{**row, "step": int(row["step"])} for row in rows]

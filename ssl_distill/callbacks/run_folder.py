@@ -3,13 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.distributed.fsdp import FSDPModule
 
 import ssl_distill
 from ssl_distill.callbacks.curves import draw_curves
 from ssl_distill.callbacks.views_picture import draw_views, sample_batch
-from ssl_distill.export import export_method, loading_lines
+from ssl_distill.export import better_encoder, export_method, loading_lines, models_of
+from ssl_distill.sharding import whole_state_dict
 
 _CONTENTS = {
     "last.ckpt": "the end of training, to resume from",
@@ -19,6 +22,12 @@ _CONTENTS = {
     "curves.png": "the same as curves",
     "evaluation.json": "every evaluation with its protocol",
     "views.png": "what the network saw",
+    "pca.png": "its features as colours, over time",
+    "attention.png": "where its class token looked, over time",
+    "neighbours.png": "what it held for alike, before and after",
+    "birdseye.png": "classes from above, predicted beside true",
+    "pairs.png": "points over the picture they are paired with",
+    "environment.json": "how the run was started, and on what",
 }
 
 
@@ -26,7 +35,9 @@ class RunFolder(Callback):
     """Leaves pictures, the last checkpoint and the backbone in `trainer.default_root_dir`, and lists them.
 
     At the start `views.png`; in every checkpoint the method's class path and the latest scores; at the end `last.ckpt`,
-    `curves.png` and `backbone.safetensors`. A run that is interrupted keeps the last checkpoint that it had.
+    `curves.png` and `backbone.safetensors`, the better encoder at the best `val/score`, or after the last step where
+    nothing was judged. Of a method that trains several models it holds the first; each other one has a file named after
+    its better encoder. A run that is interrupted keeps the last checkpoint that it had.
 
     Args:
         picture_rows: Images in `views.png`; 0 for no picture.
@@ -62,26 +73,19 @@ class RunFolder(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export, draw and list what there is."""
-        if _is_trial(trainer) or not trainer.is_global_zero:
+        if _is_trial(trainer):
+            return
+        # Order matters: weights that are sharded are put together by all ranks.
+        weights = whole_state_dict(pl_module) if isinstance(pl_module, FSDPModule) else None
+        if not trainer.is_global_zero:
             return
         folder = _folder(trainer)
         draw_curves(folder / "metrics.csv", folder / "curves.png")
         lines = [f"\n{folder} holds"]
-        lines += [f"  {name:<22}{text}" for name, text in _CONTENTS.items() if (folder / name).exists()]
+        lines += [f"  {name:<22}  {text}" for name, text in _CONTENTS.items() if (folder / name).exists()]
         if hasattr(pl_module, "encoders"):
-            lines += self._export(pl_module, folder / "backbone.safetensors", _scores(trainer))
+            lines += _export(pl_module, folder, _best_checkpoint(trainer, pl_module), _scores(trainer), weights)
         trainer.print("\n".join(lines))
-
-    def _export(self, method: Any, path: Path, scores: dict[str, float]) -> list[str]:
-        """Save the backbone; lines that say which it is and how to load it."""
-        name = export_method(method, path, scores=scores)["encoder"]
-        others = [other for other in method.encoders() if other != name]
-        more = f"; for another: ssl-distill export {path.parent / 'last.ckpt'} --encoder {others[0]}" if others else ""
-        return [
-            f"  {path.name:<22}the {name}{more}",
-            "load it in Python, with this package or with timm alone:",
-            *(f"  {line}" for line in loading_lines(path)),
-        ]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how to go on, if the run was stopped from outside (Ctrl-C, SIGTERM)."""
@@ -101,3 +105,34 @@ def _folder(trainer: Trainer) -> Path:
 
 def _scores(trainer: Trainer) -> dict[str, float]:
     return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+
+
+def _best_checkpoint(trainer: Trainer, method: Any) -> Path | None:
+    """The file with the best `val/score`; None where there is none, or its encoders cannot be told from the rest."""
+    callbacks: list[Any] = trainer.checkpoint_callbacks
+    paths = [Path(each.best_model_path) for each in callbacks if getattr(each, "monitor", None) == "val/score"]
+    submodules = set(method.modules())
+    if not submodules.issuperset(method.encoders().values()):
+        return None
+    return next((path for path in paths if path.is_file()), None)  # one in shards is a folder
+
+
+def _export(
+    method: Any, folder: Path, best: Path | None, scores: dict[str, float], weights: dict[str, Any] | None
+) -> list[str]:
+    """Save the backbone of every model; lines that say which they are and how to load them."""
+    if best is not None:
+        checkpoint = torch.load(best, map_location="cpu", weights_only=True, mmap=True)
+        weights, scores = checkpoint["state_dict"], checkpoint.get("ssl_distill", {}).get("scores", {})
+    source = best or folder / "last.ckpt"
+    origin = f"of {source.name}" if source.exists() else "after the last step"
+    contents, python = [], []
+    for i, names in enumerate(models_of(method)):
+        name = better_encoder(names, scores)
+        path = folder / ("backbone.safetensors" if i == 0 else f"backbone_{name}.safetensors")
+        export_method(method, path, name, scores, weights)
+        others = [other for other in names if other != name and source.exists()]
+        more = f"; for another: ssl-distill export {source} --encoder {others[0]}" if others else ""
+        contents.append(f"  {path.name:<22}  the {name} {origin}{more}")
+        python += loading_lines(path)
+    return [*contents, "load it in Python, with this package or with timm alone:", *(f"  {line}" for line in python)]

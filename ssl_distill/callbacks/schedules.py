@@ -5,7 +5,8 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from ssl_distill.optim.schedules import Cosine, warn_if_warmup_exceeds_run
+from ssl_distill.callbacks.logged_step import is_logged_step
+from ssl_distill.optim.schedules import Schedule, warn_if_warmup_exceeds_run
 
 
 def global_batch_of(trainer: Trainer) -> int:
@@ -26,7 +27,7 @@ class Schedules(Callback):
         reference_batch: The rate grows linearly with the global batch over this. None takes the rate as it is.
     """
 
-    def __init__(self, learning_rate: Cosine, weight_decay: Cosine, reference_batch: int | None = 256) -> None:
+    def __init__(self, learning_rate: Schedule, weight_decay: Schedule, reference_batch: int | None = 256) -> None:
         if reference_batch is not None and reference_batch < 1:
             raise ValueError(f"`reference_batch` must be at least 1 or null, got {reference_batch}.")
         self.learning_rate = learning_rate
@@ -54,4 +55,5 @@ class Schedules(Callback):
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
                 group["weight_decay"] = decay if group.get("decayed", True) else 0.0
-        pl_module.log_dict({"schedule/learning_rate": rate, "schedule/weight_decay": decay})
+        if is_logged_step(trainer, trainer.global_step + 1):
+            pl_module.log_dict({"schedule/learning_rate": rate, "schedule/weight_decay": decay})

@@ -38,10 +38,17 @@ class StagedTeacher(Callback):
         self.stage_starts = tuple(stage_starts)
         self.restart_optimizer = restart_optimizer
 
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Refuse a run with too few epochs before anything is evaluated."""
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            self._check(trainer.max_epochs)
+
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Refuse a run that ends before its last stage begins."""
+        """Refuse a run whose steps end before its last stage begins: they are counted only now."""
         position = pl_module.position
-        epochs = -(-position.total_steps // position.steps_per_epoch)
+        self._check(-(-position.total_steps // position.steps_per_epoch))
+
+    def _check(self, epochs: int) -> None:
         if self.stage_starts[-1] >= epochs:
             count = min(len(self.stage_starts), epochs)
             even = [stage * epochs // count for stage in range(count)]

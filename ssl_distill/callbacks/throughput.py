@@ -4,6 +4,8 @@ import time
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from ssl_distill.callbacks.logged_step import is_logged_step
+
 _MEMORY = 0.95  # share of the sums that a step keeps: the last 20 steps or so count
 
 
@@ -36,5 +38,6 @@ class Throughput(Callback):
         self._seconds = _MEMORY * self._seconds + now - self._ended_at
         self._waited = _MEMORY * self._waited + max(arrived_at - self._ended_at, 0.0)
         self._ended_at = now
-        pl_module.log("train/images_per_s", self._images / self._seconds, prog_bar=True)
-        pl_module.log("train/data_wait", self._waited / self._seconds, prog_bar=True)
+        if is_logged_step(trainer, trainer.global_step):
+            pl_module.log("train/images_per_s", self._images / self._seconds, prog_bar=True)
+            pl_module.log("train/data_wait", self._waited / self._seconds, prog_bar=True)

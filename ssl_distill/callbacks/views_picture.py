@@ -1,11 +1,12 @@
 """What the network sees, as a picture."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -34,17 +35,33 @@ def draw_views(batch: Any, augment: Any, path: str | Path) -> None:
 
     Args:
         batch: Raw batch with `image` (B, 3, S, S) in bytes and `source_size` (B, 2), on the device of `augment`.
-        augment: (batch, draws) to a named tuple of normalised views; has `mean` and `std`. Fields of other shapes
-            than (B, 3, H, W) and (V, B, 3, H, W) are left out.
+        augment: (batch, draws) to a named tuple of normalised views; has `mean` and `std`. Pictures are its fields of
+            shape (B, 3, H, W) and (V, B, 3, H, W). Of its masks of patches (V, B, N), True is shown as it is in the
+            first pictures, and False grey. Other fields are left out.
         path: Image file to write.
     """
     columns = [("source", list(_sources(batch)))]
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (augment.mean, augment.std))
+    crops: Tensor | None = None
     for name, stack in augment(batch, Draws(run_seed(), epoch=0))._asdict().items():
-        if isinstance(stack, Tensor) and stack.is_floating_point() and stack.ndim in (4, 5) and stack.shape[-3] == 3:
-            for i, view in enumerate(stack if stack.ndim == 5 else stack[None]):
-                columns.append((f"{name.removesuffix('s')} {i + 1}", list(view.float().cpu() * std + mean)))
-    _table(columns).save(path)
+        if not isinstance(stack, Tensor):
+            continue
+        if stack.is_floating_point() and stack.ndim in (4, 5) and stack.shape[-3] == 3:
+            pictures = (stack if stack.ndim == 5 else stack[None]).float().cpu() * std + mean
+            crops = pictures if crops is None else crops
+        elif stack.dtype == torch.bool and stack.ndim == 3 and crops is not None:
+            pictures = _only(crops, stack.cpu())
+        else:
+            continue
+        columns += [(f"{name.removesuffix('s')} {i + 1}", list(view)) for i, view in enumerate(pictures)]
+    picture_table(columns).save(path)
+
+
+def _only(crops: Float[Tensor, "V B 3 H W"], shown: Bool[Tensor, "V B N"]) -> Float[Tensor, "V B 3 H W"]:
+    """Crops of which only some patches, of a square grid, are seen as they are."""
+    side = math.isqrt(shown.shape[2])
+    clear = interpolate(shown.float().unflatten(2, (side, side)), crops.shape[-2:])[:, :, None]
+    return torch.lerp(torch.full_like(crops, 0.5), crops, 0.2 + 0.8 * clear)
 
 
 def _sources(batch: Any) -> Iterator[Float[Tensor, "3 _ _"]]:
@@ -55,7 +72,7 @@ def _sources(batch: Any) -> Iterator[Float[Tensor, "3 _ _"]]:
         yield interpolate(image[None].float() / 255, size, mode="bilinear", antialias=True)[0]
 
 
-def _table(columns: Sequence[tuple[str, list[Float[Tensor, "3 _ _"]]]]) -> Image.Image:
+def picture_table(columns: Sequence[tuple[str, list[Float[Tensor, "3 _ _"]]]]) -> Image.Image:
     """Named columns of images in [0, 1]. A source fills its cell; crops keep their sizes relative to each other."""
     largest = max(max(image.shape[-2:]) for _, images in columns[1:] for image in images)
     cell = min(max(largest, 96), 192)

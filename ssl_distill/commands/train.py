@@ -20,27 +20,43 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from ssl_distill import callbacks, data, evaluate, methods
 from ssl_distill.callbacks.atomic import replacing
 from ssl_distill.callbacks.atomic_checkpoint import AtomicCheckpointIO
+from ssl_distill.callbacks.feature_maps import FeatureMaps
 from ssl_distill.callbacks.health import Health, TrainingFailure
 from ssl_distill.callbacks.metrics_file import MetricsFile
+from ssl_distill.callbacks.neighbours import Neighbours
+from ssl_distill.callbacks.preemption import Preemption
 from ssl_distill.callbacks.run_folder import RunFolder
 from ssl_distill.callbacks.throughput import Throughput
+from ssl_distill.callbacks.wandb_report import WandbReport
 from ssl_distill.commands.checkpoints import check_fits, read_checkpoint
+from ssl_distill.commands.environment import record_end, record_start
 from ssl_distill.commands.explain import explain
 from ssl_distill.commands.folders import find_checkpoint, run_folder
 from ssl_distill.commands.quiet import without_advice
+from ssl_distill.commands.wandb_runs import open_runs, without_missing_wandb
 from ssl_distill.evaluate.evaluation import Evaluation
 from ssl_distill.methods.base import Distiller
 
 _CHECKPOINTS: dict[str, dict[str, Any]] = {
     "last_checkpoint": {"filename": "last", "every_n_train_steps": 200, "enable_version_counter": False},
-    "best_checkpoint": {"filename": "best", "monitor": "val/score", "mode": "max", "enable_version_counter": False},
+    "best_checkpoint": {
+        "filename": "best",
+        "monitor": "val/score",
+        "mode": "max",
+        "save_on_train_epoch_end": False,  # `val/score` comes with a validation
+        "enable_version_counter": False,
+    },
 }
 _CALLBACKS: dict[str, type[Callback]] = {
     "evaluation": Evaluation,
     "health": Health,
     "throughput": Throughput,
+    "feature_maps": FeatureMaps,
+    "neighbours": Neighbours,
     "run_folder": RunFolder,
+    "wandb_report": WandbReport,
     **dict.fromkeys(_CHECKPOINTS, ModelCheckpoint),
+    "preemption": Preemption,
 }
 _RERUNNABLE = ("seed_everything", "trainer", "model", "data", *_CALLBACKS)
 
@@ -55,6 +71,7 @@ class CommandLine(LightningCLI):
     """
 
     def __init__(self, args: list[str], stack: ExitStack, run: bool = True) -> None:
+        self._args = args
         self._stack = stack
         for package in (methods, data, evaluate, callbacks):  # classes that are imported have short names
             for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
@@ -113,7 +130,10 @@ class CommandLine(LightningCLI):
             root = folder
         section.trainer.default_root_dir = str(root)
         self._saved_config = self._rerunnable_config()
-        for logger in _as_list(section.trainer.logger):
+        loggers = without_missing_wandb(_as_list(section.trainer.logger))
+        if len(loggers) < len(_as_list(section.trainer.logger)):
+            section.trainer.logger = loggers or None
+        for logger in loggers:
             if isinstance(logger, Namespace) and logger.get("init_args.save_dir") == ".":  # WandbLogger's default
                 logger.init_args.save_dir = str(root)
 
@@ -123,7 +143,7 @@ class CommandLine(LightningCLI):
         given = init["trainer"]
         ours = {key: init[key] for key in _CALLBACKS}
         if not isinstance(self.model, Distiller):
-            del ours["evaluation"]
+            del ours["evaluation"], ours["feature_maps"], ours["neighbours"]  # which look at encoders
             if ours["best_checkpoint"].monitor == "val/score":  # which `Evaluation` logs
                 del ours["best_checkpoint"]
         for key in _CHECKPOINTS.keys() & ours.keys():
@@ -131,7 +151,11 @@ class CommandLine(LightningCLI):
                 del ours[key]
             elif ours[key].dirpath is None:
                 ours[key].dirpath = os.path.realpath(given["default_root_dir"])
+        if given["enable_checkpointing"] is False:
+            del ours["preemption"]  # which ends with a checkpoint
         loggers = _as_list(given["logger"])
+        if self.subcommand and not given["fast_dev_run"]:
+            loggers = open_runs(loggers)
         if self._writes_run_folder and given["logger"] is not False:
             from_step = self._checkpoint["global_step"] if self._checkpoint else 0
             loggers.append(MetricsFile(given["default_root_dir"], from_step))
@@ -143,15 +167,22 @@ class CommandLine(LightningCLI):
         )
 
     def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint that does not fit, and leave the config in the run folder."""
+        """Refuse a checkpoint that does not fit, and leave in the run folder what was run and where."""
         if self._checkpoint is not None:
             check_fits(self._checkpoint, self.section.ckpt_path, self.model, self._saved_config["model"])
             self._checkpoint = None
         elif self.subcommand in ("validate", "test", "predict"):
             rank_zero_info("no --ckpt_path was given: this is the network before training")
         if self._writes_run_folder and self.trainer.is_global_zero:
-            with replacing(Path(self.section.trainer.default_root_dir) / "config.yaml") as temporary:
+            folder = Path(self.section.trainer.default_root_dir)
+            with replacing(folder / "config.yaml") as temporary:
                 temporary.write_text(yaml.safe_dump(self._saved_config, sort_keys=False), encoding="utf-8")
+            record_start(folder, self._args, self.trainer.world_size, resumed=bool(self.section.get("ckpt_path")))
+
+    def after_fit(self) -> None:
+        """Note when the run came to its end."""
+        if self._writes_run_folder and self.trainer.is_global_zero:
+            record_end(Path(self.section.trainer.default_root_dir))
 
     def validate(self, verbose: bool, **kwargs: Any) -> None:
         """Run the validation loop; Lightning's table of results would repeat that of `Evaluation`."""

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
@@ -68,3 +69,8 @@ class DenseBatch(NamedTuple):
     image: UInt8[Tensor, "B 3 S S"]
     pixel_label: Int[Tensor, "B S S"]
     index: Int[Tensor, "B"]  # type: ignore[assignment]
+
+    @property
+    def label(self) -> Int[Tensor, "B"]:
+        """-1, as where there are no labels: no class is the whole image's."""
+        return torch.full_like(self.index, -1)

@@ -75,11 +75,11 @@ def read_coco(
     _check_boxes(kept, sizes, annotations)
 
     groups: dict[Any, dict[Any, list[CocoObject]]] = defaultdict(lambda: defaultdict(list))
-    dropped = 0
+    dropped = []
     for position, each in enumerate(kept):
         box = _clip(each["bbox"], *sizes[each["image_id"]])
         if box is None:
-            dropped += 1
+            dropped.append(each.get("id", position))
             continue
         category = number.get(each.get("category_id"), -1)
         key = category if object_unit == "category" and category >= 0 else f"#{position}"
@@ -87,7 +87,8 @@ def read_coco(
         groups[each["image_id"]][key].append(item)
     if dropped:
         rank_zero_warn(
-            f"{dropped} of {len(kept)} boxes in {annotations} show less than a pixel of their image: dropped."
+            f"{len(dropped)} of {len(kept)} boxes in {annotations} show less than a pixel of their image, such as that"
+            f" of annotation {dropped[0]}: dropped."
         )
     found = [
         CocoImage(paths[key], *sizes[key], sorted(groups[key].values(), key=_area, reverse=True)) for key in entries

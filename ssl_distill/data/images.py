@@ -1,5 +1,6 @@
 """Files to RGB bytes."""
 
+import io
 import os
 import warnings
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -16,32 +17,50 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def read_image(path: str | os.PathLike[str]) -> UInt8[Tensor, "3 H W"]:
-    """Read a JPEG, PNG, WebP, BMP or TIFF as RGB, upright by its EXIF orientation.
-
-    Grey, palette and CMYK become RGB; 16 bits are scaled to 8; what is transparent shows white, as in a viewer.
+    """Read a file; see `decode`.
 
     Raises:
         OSError: If the file is missing, empty, truncated or no image.
     """
-    path = Path(path)
-    if path.suffix.lower() in (".jpg", ".jpeg"):
-        try:
-            return _decode_jpeg(path)
-        except (ImportError, RuntimeError, OSError):
-            pass  # PIL reads other formats that are called .jpg, and says what is wrong
     try:
-        with Image.open(path) as file:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error}") from error
+    return decode(content, path)
+
+
+def decode(content: bytes, name: str | os.PathLike[str]) -> UInt8[Tensor, "3 H W"]:
+    """A JPEG, PNG, WebP, BMP or TIFF as RGB, upright by its EXIF orientation.
+
+    Grey, palette and CMYK become RGB; 16 bits are scaled to 8; what is transparent shows white, as in a viewer.
+
+    Args:
+        content: All bytes of the file.
+        name: What to call it in an error.
+
+    Raises:
+        OSError: If it is empty, truncated or no image.
+    """
+    if content.startswith(b"\xff\xd8"):
+        try:
+            return _decode_jpeg(content)
+        except (ImportError, RuntimeError, OSError):
+            pass  # PIL reads more of them, and says what is wrong
+    try:
+        with Image.open(io.BytesIO(content)) as file:
             image = _to_rgb(ImageOps.exif_transpose(file))
             return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    except UnidentifiedImageError as error:
+        raise OSError(f"cannot read {name}: it is no image of a known format") from error
     except Exception as error:  # what decoders raise on damaged bytes has no common type
-        raise OSError(f"cannot read {path}: {error}") from error
+        raise OSError(f"cannot read {name}: {error}") from error
 
 
-def _decode_jpeg(path: Path) -> Tensor:
+def _decode_jpeg(content: bytes) -> Tensor:
     """Twice as fast as PIL. torchvision announces the decoder's removal: without it, PIL reads JPEGs too."""
     from torchvision.io import ImageReadMode, decode_image
 
-    data = torch.from_numpy(np.fromfile(path, np.uint8))
+    data = torch.frombuffer(bytearray(content), dtype=torch.uint8)  # a copy: torch wants what it may write to
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The image decoding and encoding capabilities of TorchVision")
         return decode_image(data, ImageReadMode.RGB, apply_exif_orientation=True)

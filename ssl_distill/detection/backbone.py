@@ -34,17 +34,25 @@ class PyramidBackbone(nn.Module):
         body: Images to a list of maps, the finest first.
         pyramid: Maps by name to maps of `out_channels` by name.
         out_channels: Channels of every map.
+        reductions: Pixels of the image per place of each map, but for "pool".
         mean: That inputs are normalised with, for the detector's `image_mean`.
         std: The same for its `image_std`.
     """
 
     def __init__(
-        self, body: nn.Module, pyramid: nn.Module, out_channels: int, mean: Sequence[float], std: Sequence[float]
+        self,
+        body: nn.Module,
+        pyramid: nn.Module,
+        out_channels: int,
+        reductions: Sequence[int],
+        mean: Sequence[float],
+        std: Sequence[float],
     ) -> None:
         super().__init__()
         self.body = body
         self.pyramid = pyramid
         self.out_channels = out_channels
+        self.reductions = [*reductions, 2 * reductions[-1]]
         self.image_mean = list(mean)
         self.image_std = list(std)
 
@@ -96,7 +104,7 @@ def backbone_with_fpn(
         _freeze_vit(body, trainable_layers)
         body = LastMap(_NORMS[norm](body))
         pyramid: nn.Module = SimpleFeaturePyramid(channels[-1], out_channels, stride, levels)
-        return PyramidBackbone(body, pyramid, out_channels, mean, std)
+        return PyramidBackbone(body, pyramid, out_channels, levels, mean, std)
     levels = levels or sorted(set(reductions))[-_NUM_LEVELS:]
     missing = [level for level in levels if level not in reductions]
     if missing:
@@ -106,7 +114,7 @@ def backbone_with_fpn(
     _freeze_stages(body, trainable_layers)
     body = ChosenMaps(_NORMS[norm](body), chosen)
     pyramid = FeaturePyramidNetwork([channels[i] for i in chosen], out_channels, extra_blocks=LastLevelMaxPool())
-    return PyramidBackbone(body, pyramid, out_channels, mean, std)
+    return PyramidBackbone(body, pyramid, out_channels, levels, mean, std)
 
 
 def _body(path_or_name: str | Path, kwargs: dict[str, Any]) -> tuple[Any, Sequence[float], Sequence[float]]:

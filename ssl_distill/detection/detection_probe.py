@@ -1,13 +1,22 @@
 """A detector fine-tuned for a fixed schedule, to compare backbones with."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
+
+_NAMES = {
+    "map": "ap",
+    "map_50": "ap50",
+    "bbox_map": "ap",
+    "bbox_map_50": "ap50",
+    "segm_map": "mask_ap",
+    "segm_map_50": "mask_ap50",
+}
 
 
 def box_average_precision() -> Metric:
@@ -16,10 +25,23 @@ def box_average_precision() -> Metric:
     Raises:
         ValueError: If pycocotools is not installed.
     """
+    return _average_precision(("bbox",))
+
+
+def box_and_mask_average_precision() -> Metric:
+    """COCO's average precision of boxes, and of masks; for Mask R-CNN.
+
+    Raises:
+        ValueError: If pycocotools is not installed.
+    """
+    return _average_precision(("bbox", "segm"))
+
+
+def _average_precision(iou_type: tuple[Literal["bbox", "segm"], ...]) -> Metric:
     from torchmetrics.detection import MeanAveragePrecision
 
     try:
-        return MeanAveragePrecision(iou_type="bbox")
+        return MeanAveragePrecision(iou_type=iou_type)
     except ModuleNotFoundError as error:
         raise ValueError("`metric` needs pycocotools; pip install 'ssl-distill[detection]'.") from error
 
@@ -32,6 +54,8 @@ def detector_sgd(params: Iterable[Any]) -> Optimizer:
 class DetectionProbe(LightningModule):
     """Trains a torchvision detector; logs `detection/ap` and `detection/ap50` of validation images.
 
+    With `box_and_mask_average_precision` also `detection/mask_ap` and `detection/mask_ap50`.
+
     Batches are (images, targets) lists, see `detection_loader`. The rate warms up linearly and falls to a tenth at each
     milestone, as in the usual 1x schedule.
 
@@ -40,7 +64,7 @@ class DetectionProbe(LightningModule):
         optimizer: Trainable parameters to optimiser; its rate is the peak.
         warmup_steps: Steps in which the rate rises.
         milestones: Shares of the run after which the rate falls.
-        metric: Made at the start: a detection metric of torchmetrics that computes `map` and `map_50`.
+        metric: Made at the start: a detection metric as torchmetrics has them.
     """
 
     def __init__(
@@ -72,13 +96,18 @@ class DetectionProbe(LightningModule):
     def validation_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], batch_idx: int) -> None:
         """Compare detections with targets."""
         images, targets = batch
-        detections = [{key: each[key] for key in ("boxes", "scores", "labels")} for each in self.detector(images)]
-        self.metric.update(detections, [{key: each[key] for key in ("boxes", "labels")} for each in targets])
+        detections = self.detector(images)
+        with_masks = "segm" in getattr(self.metric, "iou_type", ())
+        self.metric.update(
+            [_compared(each, with_masks) | {"scores": each["scores"]} for each in detections],
+            [_compared(each, with_masks) for each in targets],
+        )
 
     def on_validation_epoch_end(self) -> None:
         """Log over all ranks' images."""
         scores: dict[str, Tensor] = self.metric.compute()
-        self.log_dict({"detection/ap": scores["map"], "detection/ap50": scores["map_50"]}, sync_dist=True)
+        named = {f"detection/{_NAMES[key]}": value for key, value in scores.items() if key in _NAMES}
+        self.log_dict(named, sync_dist=True)
         self.metric.reset()
 
     def configure_optimizers(self) -> Any:
@@ -92,3 +121,11 @@ class DetectionProbe(LightningModule):
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def _compared(objects: dict[str, Tensor], with_masks: bool) -> dict[str, Tensor]:
+    """What is compared of detections or targets. Detected masks are (n, 1, H, W) probabilities."""
+    compared = {key: objects[key] for key in ("boxes", "labels")}
+    if with_masks:
+        compared["masks"] = objects["masks"].reshape(-1, *objects["masks"].shape[-2:]) > 0.5
+    return compared

@@ -9,22 +9,23 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from ssl_distill.callbacks.atomic import replacing
-from ssl_distill.data.batch import LabelledBatch
 from ssl_distill.evaluate.evaluator import Evaluator
-from ssl_distill.evaluate.features import FeatureBank, Features, encode
+from ssl_distill.evaluate.features import FeatureBank, Features
 from ssl_distill.evaluate.knn import KNN
 from ssl_distill.evaluate.linear_probe import LinearProbe
 from ssl_distill.evaluate.low_shot import LowShot
 from ssl_distill.evaluate.quality import Quality
+from ssl_distill.evaluate.reading import ImageReading, Reading
 from ssl_distill.evaluate.report import Scores, score_table, show
 
 
 class Evaluation(Callback):
     """Judges every encoder of a method on frozen features, before the first step and at every validation.
 
-    The first validation loader is the bank, the second the queries; both yield `LabelledBatch`. Features are extracted
-    once per encoder, on all ranks. Logged are `val/<encoder>/<score>` and the headline `val/score`: the first score of
-    the first evaluator, of the best encoder if it needs labels (k-NN top-1), else of the first encoder (RankMe).
+    The first validation loader is the bank, the second the queries; both yield `LabelledBatch`, or what `reading`
+    takes. Features are extracted once per encoder, on all ranks. Logged are `val/<encoder>/<score>` and the headline
+    `val/score`: the first score of the first evaluator, of the best encoder if it needs labels (k-NN top-1), else of
+    the first encoder (RankMe).
 
     A sanity check over the whole loaders (`num_sanity_val_steps=-1`) is the baseline; it is logged as step 0. All
     scores, each with its protocol, are in `evaluation.json` in the trainer's `default_root_dir` and in checkpoints.
@@ -32,15 +33,17 @@ class Evaluation(Callback):
     Args:
         evaluators: What to judge with, the headline first. None is `KNN`, `LinearProbe`, `LowShot` and `Quality`,
             without those that need labels where there are none.
+        reading: What of a batch is judged; None is `ImageReading`, whole images. `ObjectReading` judges objects.
     """
 
-    def __init__(self, evaluators: Sequence[Evaluator] | None = None) -> None:
+    def __init__(self, evaluators: Sequence[Evaluator] | None = None, reading: Reading | None = None) -> None:
         if evaluators is not None and not evaluators:
             raise ValueError("`evaluators` must not be empty; leave it out for the default ones.")
         self.asked_for = evaluators is not None
         self.evaluators = list(evaluators or (KNN(), LinearProbe(), LowShot(), Quality()))
+        self.reading = reading or ImageReading()
         self.history: list[dict[str, Any]] = []
-        self._features: dict[str, tuple[FeatureBank, FeatureBank]] = {}
+        self._features: dict[str, dict[str, tuple[FeatureBank, FeatureBank]]] = {}  # encoder, then name of the reading
         self._view = ""
 
     @property
@@ -66,14 +69,17 @@ class Evaluation(Callback):
         if num_loaders != 2:
             raise ValueError(f"`val_dataloader` must return two loaders, bank and queries, got {num_loaders}.")
         device = pl_module.device
-        self._features = {name: (FeatureBank(device), FeatureBank(device)) for name in pl_module.encoders()}
+        self._features = {
+            encoder: {name: (FeatureBank(device), FeatureBank(device)) for name in self.reading.names}
+            for encoder in pl_module.encoders()
+        }
 
     def on_validation_batch_end(
         self,
         trainer: Trainer,
         pl_module: Any,
         outputs: Any,
-        batch: LabelledBatch,
+        batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
@@ -81,7 +87,9 @@ class Evaluation(Callback):
         images = pl_module.prepare(batch.image)
         self._view = " x ".join(str(size) for size in batch.image.shape[2:])
         for name, encoder in pl_module.encoders().items():
-            self._features[name][dataloader_idx].update(encode(encoder, images), batch.label, batch.index)
+            read = self.reading(encoder, images, batch)
+            for banks, features in zip(self._features[name].values(), read, strict=True):
+                banks[dataloader_idx].update(*features)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge, log, print."""
@@ -107,7 +115,7 @@ class Evaluation(Callback):
             ]
             pl_module.print(self._table(f"Evaluation of {checkpoint or 'the model as it is'}"))
         elif not trainer.sanity_checking:
-            epoch = trainer.current_epoch + 1
+            epoch = trainer.fit_loop.epoch_progress.current.ready  # epochs begun; `current_epoch` moves on at the end
             self.history.append({"stage": "fit", "epoch": epoch, "step": trainer.global_step, **judged})
             pl_module.print(f"epoch {epoch}: {self._short(scores)}")
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set where mypy is blind
@@ -129,14 +137,16 @@ class Evaluation(Callback):
     def _judge(self) -> tuple[Scores, dict[str, Any], float]:
         """Scores of every encoder, how they came about, and the headline."""
         scores: Scores = {}
-        for name, banks in self._features.items():
-            bank, query = (each.compute() for each in banks)
-            evaluators = self._fitting(bank, query)
-            scores[name] = {}
-            for evaluator in evaluators:
-                evaluator.reset()
-                evaluator.update(bank, query)
-                scores[name] |= {key: float(value) for key, value in evaluator.compute().items()}
+        for encoder, readings in self._features.items():
+            scores[encoder] = {}
+            for name, banks in readings.items():
+                bank, query = (each.compute() for each in banks)
+                evaluators = self._fitting(bank, query)
+                for evaluator in evaluators:
+                    evaluator.reset()
+                    evaluator.update(bank, query)
+                    ending = f"_{name}" if name else ""
+                    scores[encoder] |= {f"{key}{ending}": float(value) for key, value in evaluator.compute().items()}
         self._features = {}
         protocol = {"bank": len(bank.index), "queries": len(query.index), "view": self._view}
         protocol |= {type(evaluator).__name__: evaluator.protocol for evaluator in evaluators}

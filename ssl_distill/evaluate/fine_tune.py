@@ -24,8 +24,7 @@ from ssl_distill.draws import Draws, run_seed
 from ssl_distill.evaluate.features import FeatureBank
 from ssl_distill.evaluate.probe_crop import ProbeCrop
 from ssl_distill.optim.parameters import adamw
-from ssl_distill.optim.restarts import EpochCosine
-from ssl_distill.optim.schedules import Cosine, Position
+from ssl_distill.optim.schedules import Cosine, EpochCosine, Position
 
 _NOT_DECAYED = ("pos_embed", "cls_token", "dist_token")
 
@@ -71,7 +70,7 @@ class FineTune(LightningModule):
         label_smoothing: float = 0.1,
         layer_decay: float = 0.65,
         optimizer: Callable[[Iterable], Optimizer] = adamw,
-        learning_rate: EpochCosine = EpochCosine(3e-4, 1e-6, warmup_epochs=5),  # noqa: B008 - immutable
+        learning_rate: EpochCosine = EpochCosine(3e-4, 1e-6, warmup_epochs=5),
         weight_decay: Cosine = Cosine(0.05, 0.05),
         reference_batch: int | None = 256,
     ) -> None:
@@ -156,7 +155,7 @@ class FineTune(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """How the knobs move."""
-        return [Schedules(self.learning_rate, self.weight_decay, self.reference_batch)]  # type: ignore[arg-type]
+        return [Schedules(self.learning_rate, self.weight_decay, self.reference_batch)]
 
 
 def classifier(

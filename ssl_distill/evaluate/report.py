@@ -28,7 +28,7 @@ def score_table(title: str, scores: Scores, baseline: Scores, protocol: Mapping[
             change = None if now is None or before is None else now - before
             row += f"{show(name, now):>{cell}}{show(name, before):>{cell}}{show(name, change, '+'):>{cell}}"
         lines.append(row)
-    return "\n".join([*lines, *_protocol_lines(protocol)])
+    return "\n".join([*lines, *protocol_lines(protocol)])
 
 
 def show(name: str, value: float | None, sign: str = "") -> str:
@@ -40,7 +40,7 @@ def show(name: str, value: float | None, sign: str = "") -> str:
     return f"{value:{sign}.4g}"
 
 
-def _protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
+def protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
     """Plain entries on one line, every nested mapping on a line of its own."""
     plain = {name: value for name, value in protocol.items() if not isinstance(value, Mapping)}
     nested = {name: value for name, value in protocol.items() if isinstance(value, Mapping)}

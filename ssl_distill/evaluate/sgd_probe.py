@@ -10,6 +10,7 @@ from jaxtyping import Float
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from ssl_distill.callbacks.schedules import global_batch_of
 from ssl_distill.data.batch import LabelledBatch
 from ssl_distill.draws import Draws, run_seed
 from ssl_distill.evaluate.features import FeatureBank, encode
@@ -159,9 +160,7 @@ class SGDLinearProbe(LightningModule):
         """Set the rates of the coming epoch."""
         if not self.trainer.max_epochs or self.trainer.max_epochs < 0:
             raise ValueError("`trainer.max_epochs` must be set: the learning rate falls to 0 over the run.")
-        loader = self.trainer.train_dataloader
-        assert loader is not None
-        global_batch = loader.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches
+        global_batch = global_batch_of(self.trainer)
         share = (1 + math.cos(math.pi * self.current_epoch / self.trainer.max_epochs)) / 2
         for group, rate in zip(self.trainer.optimizers[0].param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * global_batch / self.reference_batch * share

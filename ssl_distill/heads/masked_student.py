@@ -1,7 +1,11 @@
 """Encoder and decoder as one student, and how it starts from scratch."""
 
+import copy
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ssl_distill.backbones.vit import VisionTransformer
@@ -11,7 +15,7 @@ class MaskedStudent(nn.Module):
     """Predicts features of the patches that it does not see.
 
     Args:
-        backbone: The encoder; it gets the fixed sine-cosine positions.
+        backbone: The encoder at its deepest; it gets the fixed sine-cosine positions.
         decoder: From its tokens to features, such as `FeatureDecoder`.
 
     Raises:
@@ -23,12 +27,57 @@ class MaskedStudent(nn.Module):
         self.backbone = check_masked_backbone(backbone)
         self.backbone.fix_sincos_positions()
         self.decoder = decoder
+        self.depth = len(self.backbone.blocks)
+        self.drop_path_rate = max((each.drop_prob for each in _drop_paths(self.backbone)), default=0.0)
 
     def forward(
         self, images: Float[Tensor, "B 3 H W"], kept: Int[Tensor, "B Nk"], wanted: Int[Tensor, "B M"]
     ) -> Float[Tensor, "B _ F"]:
         """Features of the class token and of the wanted patches; the encoder computes on the kept ones only."""
-        return self.decoder(self.backbone.tokens(images, keep=kept), kept, wanted)
+        predictions: Tensor = self.decoder(self.encoder.tokens(images, keep=kept), kept, wanted)
+        for parameter in self.backbone.blocks[self.depth :].parameters():
+            predictions = predictions + 0 * parameter.sum()  # a gradient of 0: DDP would wait for none
+        return predictions
+
+    @property
+    def encoder(self) -> VisionTransformer:
+        """The backbone as deep as it is now; its weights are shared, not copied."""
+        return first_blocks(self.backbone, self.depth)
+
+    def set_depth(self, depth: int) -> None:
+        """Use the first `depth` blocks only, and let stochastic depth grow over these.
+
+        The others stay in place, so that optimiser, checkpoints and ranks see the same parameters at any depth.
+        """
+        if depth == self.depth:
+            return
+        self.depth = depth
+        rates = torch.linspace(0, self.drop_path_rate, depth).tolist()
+        for block, rate in zip(self.backbone.blocks[:depth], rates, strict=True):
+            for drop_path in _drop_paths(block):
+                drop_path.drop_prob = rate
+
+    def get_extra_state(self) -> Tensor:
+        """The depth: what a checkpoint must tell besides the weights."""
+        return torch.tensor(self.depth)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """The depth out of a checkpoint."""
+        self.set_depth(int(state))
+
+
+def first_blocks(backbone: VisionTransformer, depth: int) -> VisionTransformer:
+    """The same network with its first blocks only, sharing their weights."""
+    if depth == len(backbone.blocks):
+        return backbone
+    shallow: Any = copy.copy(backbone)
+    shallow._modules = {**backbone._modules, "blocks": backbone.blocks[:depth]}
+    shallow.timm_kwargs = {**getattr(backbone, "timm_kwargs", {}), "depth": depth}
+    return shallow
+
+
+def _drop_paths(network: nn.Module) -> list[DropPath]:
+    return [module for module in network.modules() if isinstance(module, DropPath)]
 
 
 def check_masked_backbone(backbone: nn.Module) -> VisionTransformer:

@@ -58,13 +58,21 @@ class TokenHead(PrototypeHead):
     def forward(  # type: ignore[override]  # there are two kinds of token
         self, class_tokens: Float[Tensor, "*c D"], patch_tokens: Float[Tensor, "*p D"]
     ) -> TokenLogits:
-        """Logits of both kinds of token; the MLP sees all of them together."""
-        rows = torch.cat([class_tokens.flatten(0, -2), patch_tokens.flatten(0, -2)])
-        class_rows, patch_rows = self.bottleneck(rows).tensor_split([class_tokens.shape[:-1].numel()])
+        """Logits of both kinds of token."""
+        class_rows, patch_rows = self.bottlenecks(class_tokens.flatten(0, -2), patch_tokens.flatten(0, -2))
         return TokenLogits(
             self.last_layer(class_rows).unflatten(0, class_tokens.shape[:-1]),
             self.patch_prototypes(patch_rows).unflatten(0, patch_tokens.shape[:-1]),
         )
+
+    def bottlenecks(
+        self, class_rows: Float[Tensor, "c D"], patch_rows: Float[Tensor, "p D"]
+    ) -> tuple[Float[Tensor, "c bottleneck"], Float[Tensor, "p bottleneck"]]:
+        """Unit vectors of both kinds of token, each by itself: a batch norm of all would be one of patches."""
+        if len(patch_rows) > 1:
+            return self.bottleneck(class_rows), self.bottleneck(patch_rows)
+        both = self.bottleneck(torch.cat([class_rows, patch_rows]))  # a batch norm cannot take a single row
+        return both[: len(class_rows)], both[len(class_rows) :]
 
     def masked_and_mean(
         self, class_tokens: Float[Tensor, "B D"], patch_tokens: Float[Tensor, "B N D"], masked: Bool[Tensor, "B N"]
@@ -74,8 +82,7 @@ class TokenHead(PrototypeHead):
         Prototypes are linear, so the mean of logits is the logit of the mean bottleneck: only the logits of masked
         patches and one row per image are ever made.
         """
-        rows = torch.cat([class_tokens, patch_tokens.flatten(0, 1)])
-        class_rows, patch_rows = self.bottleneck(rows).tensor_split([len(class_tokens)])
+        class_rows, patch_rows = self.bottlenecks(class_tokens, patch_tokens.flatten(0, 1))
         patch_rows = patch_rows.unflatten(0, masked.shape)
         logits = TokenLogits(self.last_layer(class_rows), self.patch_prototypes(patch_rows[masked]))
         return logits, self.patch_prototypes(patch_rows.mean(1))

@@ -1,12 +1,13 @@
 """A ViT and its token head as one branch, student or teacher."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ssl_distill.backbones.create import check_crop_size
+from ssl_distill.backbones.create import check_crop_size, create_backbone, embed_dim_of
 from ssl_distill.backbones.vit import VisionTransformer
 from ssl_distill.heads.network import per_view
 from ssl_distill.heads.token import TokenHead
@@ -102,6 +103,30 @@ class TokenNetwork(nn.Module):
     def _tokens(self, crops: Tensor, attend: Tensor | None, **kwargs: Any) -> Any:
         attend = None if attend is None else attend.flatten(0, 1)[:, None]  # (T B, one class token, N)
         return self.backbone.tokens(crops.flatten(0, 1), attend=attend, **kwargs)
+
+
+def student_and_teacher(
+    backbone: str | nn.Module,
+    backbone_kwargs: dict[str, Any] | None,
+    drop_path_rate: float,
+    head: Callable[[int], nn.Module],
+) -> tuple[TokenNetwork, TokenNetwork]:
+    """Two networks with the same weights; the teacher has no stochastic depth and gets no gradients.
+
+    Args:
+        backbone: A plain ViT of timm by name, or such a module.
+        backbone_kwargs: Further arguments of the timm model.
+        drop_path_rate: Stochastic depth of the student.
+        head: Made from the tokens' width, once for each.
+    """
+    kwargs = backbone_kwargs or {}
+    backbones = [
+        create_backbone(backbone, drop_path_rate=drop_path_rate, **kwargs),
+        create_backbone(backbone, **kwargs),
+    ]
+    student, teacher = (TokenNetwork(each, head(embed_dim_of(each))) for each in backbones)
+    teacher.load_state_dict(student.state_dict())
+    return student, teacher.requires_grad_(False)
 
 
 def check_crops(backbone: VisionTransformer, augment: Any) -> None:

@@ -9,12 +9,17 @@ import torch
 from jaxtyping import Float, UInt8
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from ssl_distill.callbacks.logged_step import is_logged_step
 from ssl_distill.draws import Draws, run_seed
 from ssl_distill.optim.parameters import clip_each_tensor, decay_groups
 from ssl_distill.optim.schedules import Position
+from ssl_distill.sharded_strategy import ShardedStrategy
+from ssl_distill.sharding import shard
 
 Views = TypeVar("Views")
 
@@ -59,8 +64,7 @@ class Distiller(LightningModule, ABC, Generic[Views]):
     @property
     def monitoring(self) -> bool:
         """Whether the step under way is a logged one, so that computing `health` is worth its time."""
-        interval: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # set where mypy does not see it
-        return interval > 0 and (self.trainer.global_step + 1) % interval == 0
+        return is_logged_step(self.trainer, self.trainer.global_step + 1)
 
     def monitor(self) -> dict[str, Tensor]:
         """Signs of a healthy or collapsing run at the last logged step; the `Health` callback judges them."""
@@ -78,6 +82,21 @@ class Distiller(LightningModule, ABC, Generic[Views]):
         """Mean and standard deviation that inputs are normalised with."""
         return self.augment.mean, self.augment.std  # type: ignore[attr-defined]
 
+    def configure_model(self) -> None:
+        """Divide students and teachers over the ranks, if the strategy asks for it.
+
+        Raises:
+            ValueError: If the strategy divides parameters in a way that teachers cannot follow.
+        """
+        strategy = self._trainer.strategy if self._trainer else None
+        if isinstance(strategy, ShardedStrategy):
+            shard(self, strategy.device_mesh["data_parallel"], strategy.min_parameters)
+        elif isinstance(strategy, (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)):
+            raise ValueError(
+                f"`trainer.strategy` must be ddp or ssl_distill.sharded_strategy.ShardedStrategy (FSDP2), by which"
+                f" teachers are sharded like their students, got {type(strategy).__name__}."
+            )
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment training batches on the device, in the trainer's precision."""
         self.batch_arrived_at = time.perf_counter()  # what passed since the last step was waiting for data
@@ -85,6 +104,11 @@ class Distiller(LightningModule, ABC, Generic[Views]):
             return batch
         views = self.augment(batch, Draws(run_seed(), self.trainer.current_epoch))
         return self.trainer.precision_plugin.convert_input(views)
+
+    def on_train_start(self) -> None:
+        """Let gradients be unscaled before they are clipped; a fused optimiser would do it after, in its step."""
+        for optimizer in self.trainer.optimizers:
+            optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # what Lightning and torch ask
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed drop path and its like by position, so that a resumed run draws what it would have drawn."""
@@ -94,12 +118,24 @@ class Distiller(LightningModule, ABC, Generic[Views]):
         """Sum of the method's terms."""
         losses = self.losses(views)
         total = torch.stack(list(losses.values())).sum()
-        self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()})
+        if self.monitoring:
+            self.log_dict({f"train/{name}": loss.detach() for name, loss in losses.items()})
         self.log("train/loss", total.detach(), prog_bar=True)
         return total
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Empty on purpose: evaluators are callbacks, and without it Lightning skips the loop."""
+
+    def on_validation_start(self) -> None:
+        """Evaluators reach into encoders: what is sharded but in no block stays whole while they do."""
+        if isinstance(self, FSDPModule):
+            self.set_reshard_after_forward(False, recurse=False)
+
+    def on_validation_epoch_end(self) -> None:
+        """Divide it again, before a checkpoint is written."""
+        if isinstance(self, FSDPModule):
+            self.set_reshard_after_forward(True, recurse=False)
+            self.reshard()
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clip each tensor of its own, then whatever `trainer.gradient_clip_val` asks for."""

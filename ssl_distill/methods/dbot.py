@@ -21,8 +21,9 @@ from ssl_distill.heads.masked_student import MaskedStudent, check_masked_backbon
 from ssl_distill.losses.masked_feature import smooth_l1, standardize
 from ssl_distill.methods.base import Distiller
 from ssl_distill.optim.parameters import adamw
-from ssl_distill.optim.restarts import EpochCosine, Restarts
-from ssl_distill.optim.schedules import Cosine
+from ssl_distill.optim.restarts import Restarts
+from ssl_distill.optim.schedules import Cosine, EpochCosine
+from ssl_distill.sharding import whole_parameters
 from ssl_distill.views import MaskedImages
 
 _NO_RANK = -1  # seeds of training batches are those of ranks from 0 on
@@ -46,8 +47,9 @@ class DBOT(Distiller[MaskedImages]):
         decoder: Made from (embed_dim, target_dim, grid, drop_path_rate).
         teacher: A frozen one for the whole run, such as `FrozenFeatures`. None bootstraps: a copy of the untrained
             student first, then the student of the stage before.
-        initial_teacher_depth: Blocks of the first bootstrapped teacher; None is all.
+        initial_teacher_depth: Blocks of the first bootstrapped teacher; None is as many as the first student has.
         stage_starts: Epochs in which stages begin, the first at 0; the last ends with the run.
+        depths: Blocks of the student in each stage, at most the backbone's; None is all of them in all stages.
         initialize: How the student starts a stage, from (student, generator): `start_afresh`, or
             `start_afresh_but_bias` as in the official code.
         restart_optimizer: What becomes of the optimiser at a new stage: `forget`, or `remember` as in the official
@@ -72,13 +74,14 @@ class DBOT(Distiller[MaskedImages]):
         teacher: FrozenFeatures | None = None,
         initial_teacher_depth: int | None = None,
         stage_starts: Sequence[int] = (0, 800),
+        depths: Sequence[int] | None = None,
         initialize: Callable[[nn.Module, torch.Generator], None] = start_afresh,
         restart_optimizer: Callable[[Optimizer], None] = forget,
         compare: Callable[[Tensor, Tensor], Any] = smooth_l1,
         class_weight: float = 1.0,
         augment: nn.Module | None = None,
         optimizer: OptimizerCallable = dbot_adamw,
-        learning_rate: EpochCosine = EpochCosine(1.5e-4, 0.0, warmup_epochs=40),  # noqa: B008 - immutable
+        learning_rate: EpochCosine = EpochCosine(1.5e-4, 0.0, warmup_epochs=40),
         weight_decay: Cosine = Cosine(0.05, 0.05),
         reference_batch: int | None = 256,
         global_clip_norm: float = 3.0,
@@ -101,12 +104,13 @@ class DBOT(Distiller[MaskedImages]):
             _check_augment(self.augment, encoder)
         target_dim = embed_dim if teacher is None else teacher.embed_dim
         self.student = MaskedStudent(encoder, decoder(embed_dim, target_dim, grid, drop_path_rate))
+        self.depths = _check_depths(depths, len(stage_starts), len(encoder.blocks))
         self.initialize = initialize
         self._start_student(stage=0)
         if teacher is None:
             copy = check_masked_backbone(create_backbone(backbone, **kwargs))
             copy.load_state_dict(encoder.state_dict())
-            depth = len(copy.blocks) if initial_teacher_depth is None else initial_teacher_depth
+            depth = self.depths[0] if initial_teacher_depth is None else initial_teacher_depth
             self.teacher: StagedFeatures | FrozenFeatures = StagedFeatures(copy, depth)
         else:
             _check_teacher(teacher, encoder.patch_embed.patch_size[0], self.student.decoder, self.augment)
@@ -136,6 +140,7 @@ class DBOT(Distiller[MaskedImages]):
 
     def on_train_start(self) -> None:
         """The teacher computes as in evaluation, whatever its dropout (Lightning warns of an earlier `eval`)."""
+        super().on_train_start()
         self.teacher.eval()
 
     @property
@@ -146,13 +151,15 @@ class DBOT(Distiller[MaskedImages]):
     def next_stage(self) -> None:
         """The student becomes the teacher and starts from scratch, equally on all ranks."""
         assert isinstance(self.teacher, StagedFeatures)
-        self.teacher.follow(self.student.backbone)
+        self.teacher.follow(self.student.backbone, self.student.depth)
         self._start_student(self.stage)
 
     def _start_student(self, stage: int) -> None:
         """Deviation: the official code draws on each rank by its own, so that ranks train different students."""
         seed = Draws(run_seed(), stage).batch_seed(0, _NO_RANK)
-        self.initialize(self.student, torch.Generator().manual_seed(seed))
+        self.student.set_depth(self.depths[stage])
+        with whole_parameters(self.student):
+            self.initialize(self.student, torch.Generator().manual_seed(seed))
 
     def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Clip all gradients together, then whatever `trainer.gradient_clip_val` asks for."""
@@ -162,14 +169,14 @@ class DBOT(Distiller[MaskedImages]):
 
     def encoders(self) -> dict[str, nn.Module]:
         """The student's encoder: the teacher is the one of the stage before."""
-        return {"student": self.student.backbone}
+        return {"student": self.student.encoder}
 
     def configure_callbacks(self) -> list[Callback]:
         """How the teacher lives and the knobs move."""
         return [
             # Order matters: a switch comes before the first rate of its stage.
             StagedTeacher(self.stage_starts, self.restart_optimizer),
-            Schedules(self.learning_rate, self.weight_decay, self.reference_batch),  # type: ignore[arg-type]
+            Schedules(self.learning_rate, self.weight_decay, self.reference_batch),
         ]
 
 
@@ -205,6 +212,18 @@ def _pool_patches(encoder: VisionTransformer) -> None:
     """Let the encoder's output be its mean patch token, which the fine-tuned classifiers are built on."""
     encoder.global_pool = "avg"
     encoder.timm_kwargs = {**encoder.timm_kwargs, "global_pool": "avg", "fc_norm": False}  # type: ignore
+
+
+def _check_depths(depths: Sequence[int] | None, num_stages: int, most: int) -> tuple[int, ...]:
+    """One depth per stage that the backbone has."""
+    if depths is None:
+        return (most,) * num_stages
+    if len(depths) != num_stages or not all(1 <= depth <= most for depth in depths):
+        raise ValueError(
+            f"`depths` must be one number from 1 to {most}, the backbone's depth, for each of {num_stages} stages, got"
+            f" {list(depths)}; `backbone_kwargs: {{depth: n}}` makes a deeper backbone."
+        )
+    return tuple(depths)
 
 
 def _check_augment(augment: MaskedImageAugment, encoder: VisionTransformer) -> None:

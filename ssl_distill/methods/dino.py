@@ -1,6 +1,6 @@
 """DINO: self-distillation with no labels (arXiv 2104.14294)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ssl_distill.callbacks.freeze_last_layer import FreezeLastLayer
 from ssl_distill.callbacks.schedules import Schedules
 from ssl_distill.heads.network import Network
 from ssl_distill.heads.prototype import PrototypeHead
+from ssl_distill.heads.start import start_equal
 from ssl_distill.losses.cross_view import cross_view_entropy
 from ssl_distill.methods.base import Distiller
 from ssl_distill.optim.parameters import adamw
@@ -37,7 +38,13 @@ class DINO(Distiller[MultiCrop]):
         num_prototypes: K, the number of outputs. 65,536 for ImageNet; some 1,024 for 20,000 images.
         head: Made from (embed_dim, num_prototypes), once for the student and once for the teacher.
         targets: Made from num_prototypes: what teacher logits become. `Center`, or `SinkhornKnopp` as in DINOv2.
+        compare: Targets (T, B, K), student logits (V, B, K) and temperature to a scalar: `cross_view_entropy`, or
+            `matched_entropy` where both see the same views.
         regularizers: Further terms by name, from the student's global features (2, B, D), such as `KoLeo`.
+        output_regularizers: Further terms by name, from the student's global logits (2, B, K) over its temperature,
+            such as `OutputEntropy`.
+        start: How (student, teacher) begin: `start_equal`, or `StartNear` a random teacher.
+        teacher_life: Made from pairs of student and teacher, and the momentum: `EMATeacher`, or `FrozenTeacher`.
         augment: Batch to crops; None is `MultiCropAugment` with its defaults.
         optimizer: Parameter groups to optimiser.
         learning_rate: Rate per step; its start is meant for `reference_batch` images.
@@ -58,7 +65,11 @@ class DINO(Distiller[MultiCrop]):
         num_prototypes: int = 65536,
         head: Callable[[int, int], nn.Module] = PrototypeHead,
         targets: Callable[[int], nn.Module] = Center,
+        compare: Callable[[Tensor, Tensor, float], Any] = cross_view_entropy,
         regularizers: dict[str, nn.Module] | None = None,
+        output_regularizers: dict[str, nn.Module] | None = None,
+        start: Callable[[nn.Module, nn.Module], None] = start_equal,
+        teacher_life: Callable[[Sequence[tuple[nn.Module, nn.Module]], Cosine], Callback] = EMATeacher,
         augment: nn.Module | None = None,
         optimizer: OptimizerCallable = adamw,
         learning_rate: Cosine = Cosine(5e-4, 1e-6, warmup_epochs=10),
@@ -76,10 +87,13 @@ class DINO(Distiller[MultiCrop]):
         embed_dim = embed_dim_of(student_backbone)
         self.student = Network(student_backbone, head(embed_dim, num_prototypes))
         self.teacher = Network(teacher_backbone, head(embed_dim, num_prototypes))
-        self.teacher.load_state_dict(self.student.state_dict())
+        start(self.student, self.teacher)
         self.teacher.requires_grad_(False)
+        self.compare = compare
+        self.teacher_life = teacher_life
         self.targets: Any = targets(num_prototypes)
         self.regularizers = nn.ModuleDict(regularizers or {})
+        self.output_regularizers = nn.ModuleDict(output_regularizers or {})
         self.num_prototypes = num_prototypes
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
@@ -98,9 +112,12 @@ class DINO(Distiller[MultiCrop]):
         features = self.student.features(views)  # (V, B, D)
         student_logits = self.student.logits(features)  # (V, B, K)
 
-        losses = {"class": cross_view_entropy(targets, student_logits, self.student_temperature)}
+        losses = {"class": self.compare(targets, student_logits, self.student_temperature)}
+        num_global = len(views.global_crops)
         for name, regularizer in self.regularizers.items():
-            losses[name] = regularizer(features[: len(views.global_crops)])
+            losses[name] = regularizer(features[:num_global])
+        for name, regularizer in self.output_regularizers.items():
+            losses[name] = regularizer(student_logits[:num_global] / self.student_temperature)
         if self.monitoring:
             self.health = output_health(targets, losses["class"], features, getattr(self.targets, "value", None))
         return losses
@@ -118,5 +135,5 @@ class DINO(Distiller[MultiCrop]):
         return [
             Schedules(self.learning_rate, self.weight_decay, self.reference_batch),
             FreezeLastLayer(self.student.head.get_submodule("last_layer"), self.freeze_last_layer_epochs),
-            EMATeacher([(self.student, self.teacher)], self.momentum),
+            self.teacher_life([(self.student, self.teacher)], self.momentum),
         ]

@@ -10,16 +10,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ssl_distill.augment.masked_crop import MaskedCropAugment
-from ssl_distill.backbones.create import create_backbone, embed_dim_of
+from ssl_distill.backbones.create import embed_dim_of
 from ssl_distill.callbacks.ema_teacher import EMATeacher
 from ssl_distill.callbacks.freeze_last_layer import FreezeLastLayer
 from ssl_distill.callbacks.schedules import Schedules
 from ssl_distill.heads.token import TokenHead
-from ssl_distill.heads.token_network import TokenNetwork, check_crops
+from ssl_distill.heads.token_network import check_crops, student_and_teacher
 from ssl_distill.losses.cross_view import cross_view_entropy
 from ssl_distill.losses.masked_token import masked_token_entropy
 from ssl_distill.methods.base import Distiller
-from ssl_distill.optim.late_ramp import LateRamp
 from ssl_distill.optim.parameters import adamw
 from ssl_distill.optim.schedules import Cosine, EpochRamp
 from ssl_distill.targets.center import Center
@@ -71,23 +70,19 @@ class IBOT(Distiller[MaskedCrops]):
         center_momentum: float = 0.9,
         student_temperature: float = 0.1,
         teacher_temperature: EpochRamp = EpochRamp(0.04, 0.07, 30),
-        patch_temperature: LateRamp = LateRamp(0.04, 0.07, 30),  # noqa: B008 - immutable
+        patch_temperature: EpochRamp = EpochRamp(0.04, 0.07, 30),
         class_weight: float = 1.0,
         patch_weight: float = 1.0,
         freeze_last_layer_epochs: int = 1,
         clip_norm: float = 3.0,
     ) -> None:
         super().__init__(augment or MaskedCropAugment(), optimizer, clip_norm)
-        student_backbone = create_backbone(backbone, drop_path_rate=drop_path_rate, **(backbone_kwargs or {}))
-        teacher_backbone = create_backbone(backbone, **(backbone_kwargs or {}))
-        embed_dim = embed_dim_of(student_backbone)
-        self.student = TokenNetwork(student_backbone, head(embed_dim, num_prototypes))
-        self.teacher = TokenNetwork(teacher_backbone, head(embed_dim, num_prototypes))
-        self.teacher.load_state_dict(self.student.state_dict())
-        self.teacher.requires_grad_(False)
+        self.student, self.teacher = student_and_teacher(
+            backbone, backbone_kwargs, drop_path_rate, lambda embed_dim: head(embed_dim, num_prototypes)
+        )
         if isinstance(self.augment, MaskedCropAugment):
             check_crops(self.student.backbone, self.augment)
-        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim_of(self.student.backbone)))
         self.class_center = Center(num_prototypes, center_momentum)
         self.patch_center = Center(self.teacher.head.num_patch_prototypes, center_momentum)
         self.num_prototypes = num_prototypes

@@ -74,6 +74,8 @@ class Learner:
             raise ValueError(
                 f"`name` must be letters, digits and underscores, not starting in a digit, got {self.name!r}."
             )
+        if hasattr(nn.ModuleDict, self.name) or self.name in vars(nn.ModuleDict()):
+            raise ValueError(f"`name` must be none that PyTorch's modules use themselves, got {self.name!r}.")
         if self.cross_weight < 0:
             raise ValueError(f"`cross_weight` of {self.name} must be at least 0, got {self.cross_weight}.")
 
@@ -157,6 +159,9 @@ class MOKD(Distiller[MultiCrop]):
         )
         if first.name == second.name:
             raise ValueError(f"`second.name` must differ from `first.name`, got {second.name!r} twice.")
+        for name, other in ((first.name, second.name), (second.name, first.name)):
+            if other == f"{name}_student":
+                raise ValueError(f"`name` must not be {other!r}, which is what the student of {name!r} is called.")
         size: int = self.augment.global_size  # type: ignore[attr-defined]
         self.learners = {learner.name: learner for learner in (first, second)}
         self.partner = {first.name: second.name, second.name: first.name}
@@ -246,22 +251,33 @@ class MOKD(Distiller[MultiCrop]):
         self, students: dict[str, StudentOutputs], teachers: dict[str, TeacherOutputs], losses: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Health of both models by name, the worse of the two without a name, and how often the teachers agree."""
-        signs = {}
-        for name, teacher in teachers.items():
-            temperature = self.learners[name].teacher_temperature.at(self.position)
-            targets = self.targets_of(name, "vector")
-            probabilities = targets(teacher.logits.vector, temperature)
-            center = getattr(targets, "value", None)
-            signs[name] = output_health(probabilities, losses[f"{name}_self"], students[name].features, center)
+        signs, token_signs = (
+            {
+                name: self.judge_model(name, space, students[name], teacher, losses[f"{name}_{term}"])
+                for name, teacher in teachers.items()
+            }
+            for space, term in (("vector", "self"), ("token", "token"))
+        )
         first, second = signs.values()
         winners = [teacher.logits.vector.argmax(-1) for teacher in teachers.values()]
         return {
             **{f"{name}_{sign}": value for name, of_model in signs.items() for sign, value in of_model.items()},
+            **{f"{name}_token_{sign}": token_signs[name][sign] for name in signs for sign in ("teacher_entropy", "kl")},
             # Uniform outputs have a large entropy, all other failures show in small numbers.
             **{sign: torch.minimum(first[sign], second[sign]) for sign in ("kl", "mean_output_entropy", "feature_std")},
             "teacher_entropy": torch.maximum(first["teacher_entropy"], second["teacher_entropy"]),
             "agreement": (winners[0] == winners[1]).float().mean(),
         }
+
+    def judge_model(
+        self, name: str, space: str, student: StudentOutputs, teacher: TeacherOutputs, loss: Tensor
+    ) -> dict[str, Tensor]:
+        """Health of one model in one space, where it learns from its own teacher."""
+        targets = self.targets_of(name, space)
+        probabilities = targets(
+            getattr(teacher.logits, space), self.learners[name].teacher_temperature.at(self.position)
+        )
+        return output_health(probabilities, loss, student.features, getattr(targets, "value", None))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """The targets' memories move once per step, however many batches were accumulated."""
@@ -276,6 +292,10 @@ class MOKD(Distiller[MultiCrop]):
             **teachers,
             **{f"{name}_student": self.student[name].get_submodule("backbone") for name in self.learners},
         }
+
+    def models(self) -> list[list[str]]:
+        """Names of the encoders of each model; an export without a name would not know which model is meant."""
+        return [[name, f"{name}_student"] for name in self.learners]
 
     def configure_callbacks(self) -> list[Callback]:
         """How the teachers live and the knobs move."""

@@ -1,6 +1,5 @@
 """PCD: pixel-wise contrastive distillation of a frozen teacher into a small student."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from ssl_distill.augment.two_view import TwoViewAugment
 from ssl_distill.backbones.create import create_backbone
 from ssl_distill.backbones.maps import feature_sizes, image_features
 from ssl_distill.backbones.projection_teacher import read_projection_teacher
+from ssl_distill.backbones.teacher_maps import computed_maps, fingerprint
 from ssl_distill.callbacks.schedules import Schedules
 from ssl_distill.distributed import mean_over_ranks
 from ssl_distill.evaluate.features import evaluating
@@ -26,12 +26,11 @@ from ssl_distill.losses.pixel_contrast import pixel_contrast
 from ssl_distill.losses.pixel_pairs import PixelPairs, same_view
 from ssl_distill.methods.base import Distiller
 from ssl_distill.optim.lars import LARS
-from ssl_distill.optim.schedules import Cosine
-from ssl_distill.optim.warmup_cosine import WarmupCosine
+from ssl_distill.optim.schedules import Cosine, EpochCosine
 from ssl_distill.targets.queue import Queue
 from ssl_distill.views import TwoViews
 
-WARMUP_COSINE = WarmupCosine(1.0, warmup_epochs=10)
+EPOCH_COSINE = EpochCosine(1.0, warmup_epochs=10)
 
 
 class MapStudent(nn.Module):
@@ -77,6 +76,7 @@ class PCD(Distiller[TwoViews]):
         queue_size: Number of negatives.
         temperature: Softmax temperature.
         chunk_size: Pixels whose logits are in memory at a time.
+        teacher_maps: Teacher and views to its maps of both; `CachedMaps` reads them from disk where it can.
         augment: Batch to views; None is `TwoViewAugment` with its defaults.
         optimizer: Parameter groups to optimiser.
         learning_rate: Rate per step; its start is meant for `reference_batch` images.
@@ -101,9 +101,10 @@ class PCD(Distiller[TwoViews]):
         queue_size: int = 65536,
         temperature: float = 0.2,
         chunk_size: int = 512,
+        teacher_maps: Callable[..., Any] = computed_maps,
         augment: nn.Module | None = None,
         optimizer: OptimizerCallable = LARS,
-        learning_rate: WarmupCosine | Cosine = WARMUP_COSINE,
+        learning_rate: EpochCosine | Cosine = EPOCH_COSINE,
         weight_decay: Cosine = Cosine(1e-5, 1e-5),
         reference_batch: int | None = 256,
         clip_norm: float = 0.0,
@@ -133,6 +134,7 @@ class PCD(Distiller[TwoViews]):
         self.pool = pool
         self.queue = Queue(queue_size, teacher_sizes[0])
         self.pairing = pairing
+        self.teacher_maps = teacher_maps
         self.temperature = temperature
         self.chunk_size = chunk_size
         self.learning_rate = learning_rate
@@ -142,7 +144,7 @@ class PCD(Distiller[TwoViews]):
     def losses(self, views: TwoViews) -> dict[str, Tensor]:
         """Contrast of every student pixel with its teacher pixel, among the queue's image vectors."""
         with torch.no_grad():
-            teacher_maps = per_view(self.teacher, views.images)
+            teacher_maps = self.teacher_maps(self.teacher, views)
             first = teacher_maps[0].to(torch.promote_types(teacher_maps.dtype, torch.float32))
             keys = F.normalize(first.mean((2, 3)), dim=1)
             targets, valid = self.pairing(per_view(self.pool, teacher_maps), views)
@@ -199,15 +201,6 @@ def map_shape(network: nn.Module, image_size: int) -> tuple[int, int, int]:
     with evaluating(network):
         channels, rows, columns = network(parameter.new_zeros(1, 3, image_size, image_size)).shape[1:]
     return channels, rows, columns
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Hash of all weights and buffers, the same on every device and in every precision that holds them exactly."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().double().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()

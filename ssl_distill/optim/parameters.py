@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ssl_distill.distributed import is_sharded, local_parts, sum_over_ranks
+
 
 def decay_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: decayed tensors, and biases and other vectors that are not.
@@ -42,5 +44,9 @@ def clip_each_tensor(parameters: Iterable[nn.Parameter], max_norm: float) -> Non
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return
-    scales = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(gradients)]
-    torch._foreach_mul_(gradients, scales)
+    parts = local_parts(gradients)
+    norms = torch._foreach_norm(parts)
+    if is_sharded(gradients[0]):  # so are all
+        norms = sum_over_ranks(torch.stack(norms).square()).sqrt().unbind()
+    scales = [(max_norm / (norm + 1e-6)).clamp(max=1.0) for norm in norms]
+    torch._foreach_mul_(parts, scales)

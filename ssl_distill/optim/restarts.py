@@ -1,51 +1,11 @@
 """Learning rates over fractional epochs, restarted at every stage."""
 
 import bisect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from ssl_distill.optim.schedules import Position
-
-
-@dataclass(frozen=True)
-class EpochCosine:
-    """Linear from exactly 0 to `start` over the warm-up, then half a cosine to `end`, over fractional epochs.
-
-    Unlike `Cosine`, the warm-up need not be a whole number of steps, and its end belongs to the cosine.
-
-    Attributes:
-        start: Value after warm-up.
-        end: Value that the cosine approaches.
-        warmup_epochs: Length of the warm-up; longer than the run, it fills the run.
-
-    Source: MAE's and dBOT's official code.
-    """
-
-    start: float
-    end: float = 0.0
-    warmup_epochs: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Refuse a negative warm-up."""
-        if self.warmup_epochs < 0:
-            raise ValueError(f"`warmup_epochs` must be at least 0, got {self.warmup_epochs}.")
-
-    def value(self, epoch: float, num_epochs: float) -> float:
-        """Value after `epoch` of `num_epochs` epochs, both fractional."""
-        if epoch < self.warmup_epochs:
-            return self.start * epoch / self.warmup_epochs
-        done = (epoch - self.warmup_epochs) / max(num_epochs - self.warmup_epochs, 1e-12)
-        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
-
-    def at(self, position: Position) -> float:
-        """Value for the optimiser step that comes next at `position`."""
-        return self.value(position.step / position.steps_per_epoch, position.total_steps / position.steps_per_epoch)
-
-    def scaled(self, factor: float) -> "EpochCosine":
-        """The same curve with another peak; `end` is a floor and stays."""
-        return replace(self, start=self.start * factor)
+from ssl_distill.optim.schedules import EpochCosine, Position
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 
 class Position(NamedTuple):
@@ -27,6 +27,24 @@ class Position(NamedTuple):
     def steps(self, epochs: float) -> int:
         """Steps in that many epochs, at most the whole run."""
         return min(round(epochs * self.steps_per_epoch), self.total_steps)
+
+
+class Schedule(Protocol):
+    """A curve of the optimiser step with a peak that can be scaled; `Cosine`, `EpochCosine` and `Restarts` are."""
+
+    @property
+    def start(self) -> float:
+        """Value after warm-up."""
+
+    @property
+    def warmup_epochs(self) -> float:
+        """Length of the warm-up."""
+
+    def at(self, position: Position) -> float:
+        """Value for the optimiser step that comes next at `position`."""
+
+    def scaled(self, factor: float) -> "Schedule":
+        """The same curve with another peak."""
 
 
 @dataclass(frozen=True)
@@ -65,31 +83,78 @@ class Cosine:
 
     def scaled(self, factor: float) -> "Cosine":
         """The same curve with another peak. `end` and `warmup_from` stay: they are floors, not rates per batch."""
-        return Cosine(self.start * factor, self.end, self.warmup_epochs, self.warmup_from)
+        return replace(self, start=self.start * factor)
+
+
+@dataclass(frozen=True)
+class EpochCosine:
+    """Linear from exactly 0 to `start` over the warm-up, then half a cosine to `end`, over fractional epochs.
+
+    Unlike `Cosine`, the warm-up need not be a whole number of steps, and its end belongs to the cosine: after w of W
+    warm-up epochs the value is w / W of the peak.
+
+    Attributes:
+        start: Value after warm-up.
+        end: Value that the cosine approaches.
+        warmup_epochs: Length of the warm-up; longer than the run, it fills the run.
+
+    Source: the learning rate in the official code of MAE, MoCo v3, dBOT and PCD.
+    """
+
+    start: float
+    end: float = 0.0
+    warmup_epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse a negative warm-up."""
+        if self.warmup_epochs < 0:
+            raise ValueError(f"`warmup_epochs` must be at least 0, got {self.warmup_epochs}.")
+
+    def value(self, epoch: float, num_epochs: float) -> float:
+        """Value after `epoch` of `num_epochs` epochs, both fractional."""
+        warmup_epochs = min(self.warmup_epochs, num_epochs)
+        if epoch < warmup_epochs:
+            return self.start * epoch / warmup_epochs
+        done = (epoch - warmup_epochs) / max(num_epochs - warmup_epochs, 1e-12)
+        return self.end + (self.start - self.end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+    def at(self, position: Position) -> float:
+        """Value for the optimiser step that comes next at `position`."""
+        return self.value(position.step / position.steps_per_epoch, position.total_steps / position.steps_per_epoch)
+
+    def scaled(self, factor: float) -> "EpochCosine":
+        """The same curve with another peak; `end` is a floor and stays."""
+        return replace(self, start=self.start * factor)
 
 
 @dataclass(frozen=True)
 class EpochRamp:
-    """Linear from `start` to `end` over the first `epochs`, in one step per epoch, then constant.
+    """Linear from `start` to `end` over `epochs` epochs, in one step per epoch, then constant.
 
     Attributes:
         start: Value in epoch 0, if there is a ramp.
-        end: Value from epoch `epochs` - 1 on.
+        end: Value from the ramp's last epoch on.
         epochs: Length of the ramp; 0 is constantly `end`. Longer than the run, it is squeezed into the run.
+        wait: Epochs at `start` before the ramp, such as those in which no patch is masked yet; shortened to leave the
+            run room for the ramp.
 
-    Source: the teacher temperature of DINO (arXiv 2104.14294, section 3.1) in its official code.
+    Source: the teacher temperature of DINO (arXiv 2104.14294, section 3.1) and, with `wait`, that of iBOT's patches, in
+    their official code.
     """
 
     start: float
     end: float
     epochs: int = 0
+    wait: int = 0
 
     def at(self, position: Position) -> float:
         """Value at `position`."""
-        epochs = min(self.epochs, math.ceil(position.total_steps / position.steps_per_epoch))
-        if position.epoch >= epochs:
+        run_epochs = math.ceil(position.total_steps / position.steps_per_epoch)
+        epochs = min(self.epochs, run_epochs)
+        epoch = position.epoch - min(self.wait, run_epochs - epochs)
+        if epoch >= epochs:
             return self.end
-        return self.start + (self.end - self.start) * position.epoch / max(epochs - 1, 1)
+        return self.start + (self.end - self.start) * max(epoch, 0) / max(epochs - 1, 1)
 
 
 def warn_if_warmup_exceeds_run(name: str, warmup_epochs: float, position: Position) -> None:

@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ssl_distill.targets.center import Center
-from ssl_distill.targets.weighted_center import WeightedCenter, over_samples
+from ssl_distill.targets.center import Center, over_samples
 
 Linear = Callable[[Tensor], Tensor]
 _EPS = 1e-5  # keeps the mean of no points finite
@@ -68,7 +67,7 @@ def blend_logits(
     share: Float[Tensor, "*crops"],
     prototypes: Linear,
     center: Center,
-    patch_center: WeightedCenter,
+    patch_center: Center,
     temperature: float,
 ) -> tuple[Float[Tensor, "*crops K"], Float[Tensor, "*crops K"]]:
     """Logits of image and points are averaged, then centred and sharpened; the official code's way.
@@ -99,7 +98,7 @@ def blend_probabilities(
     share: Float[Tensor, "*crops"],
     prototypes: Linear,
     center: Center,
-    patch_center: WeightedCenter,
+    patch_center: Center,
     temperature: float,
 ) -> tuple[Float[Tensor, "*crops K"], Float[Tensor, "*crops K"]]:
     """Distributions of image and points are averaged, as the paper's figure draws it; arguments as for `blend_logits`.
@@ -146,7 +145,7 @@ class Consolidation(nn.Module):
             raise ValueError(f"`alpha` must lie in [0, 1], got {alpha}.")
         self.class_center = Center(num_prototypes, momentum)
         self.plus_center = Center(num_prototypes, momentum)
-        self.patch_center = WeightedCenter(num_prototypes, momentum, average)
+        self.patch_center = Center(num_prototypes, momentum, average)
         self.alpha = alpha
         self.blend = blend
         self.empty_share = empty_share
@@ -183,7 +182,7 @@ class Consolidation(nn.Module):
         self.class_center.observe(class_logits)
         for each in (points, local_points):
             total = each.sum.flatten(0, -2).sum(0)
-            self.patch_center.observe(prototypes(total), each.total.sum())
+            self.patch_center.observe_sum(prototypes(total), each.total.sum())
         return targets
 
     def _blended(

@@ -1,6 +1,6 @@
 from PIL import Image
 
-from ssl_distill.callbacks.curves import _panels, draw_curves
+from ssl_distill.callbacks.curves import curve_panels, draw_curves
 from ssl_distill.callbacks.metrics_file import MetricsFile
 
 
@@ -16,7 +16,7 @@ def test_encoders_share_a_panel_and_panels_are_in_reading_order():
         },
         {"step": 5, "train/loss": 1.0, "train/class": 1.0},
     ]
-    panels = _panels(rows)
+    panels = curve_panels(rows)
     assert list(panels) == [
         "train/loss", "train/class", "schedule/momentum", "train/health/entropy", "val/knn_top1", "val/score"
     ]  # fmt: skip

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ssl_distill.augment.multi_crop import MultiCropAugment
@@ -31,8 +31,7 @@ def fit(folder, *callbacks, **options):
         log_every_n_steps=1,
         enable_progress_bar=False,
         enable_model_summary=False,
-        limit_val_batches=0,
-        **{"max_epochs": 1, **options},
+        **{"max_epochs": 1, "limit_val_batches": 0, **options},
     )
     trainer.fit(method, ShapesData(num_images=16, batch_size=8, bank_size=8, query_size=8))
     return method
@@ -51,6 +50,30 @@ def test_contents(tmp_path, capsys):
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
     assert checkpoint["ssl_distill"]["method"] == "ssl_distill.methods.dino.DINO"
+
+
+class Judge(Callback):
+    """Scores that fall from epoch to epoch, and with the student ahead."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        step = trainer.global_step
+        scores = {"val/score": -step, "val/teacher/knn_top1": 0.2 - step, "val/student/knn_top1": 0.3 - step}
+        pl_module.log_dict({name: float(value) for name, value in scores.items()})
+
+
+def test_the_backbone_is_that_of_the_best_score(tmp_path, capsys):
+    options = {"monitor": "val/score", "mode": "max", "enable_version_counter": False}
+    judged = {"max_epochs": 3, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+    method = fit(tmp_path, RunFolder(0), Judge(), ModelCheckpoint(tmp_path, "best", **options), **judged)
+    assert "the student of best.ckpt; for another: ssl-distill export" in capsys.readouterr().out
+    best = torch.load(tmp_path / "best.ckpt", weights_only=True)
+    assert best["global_step"] == 2
+    backbone = load_backbone(tmp_path / "backbone.safetensors")
+    assert backbone.backbone_config["scores"] == {"val/student/knn_top1": pytest.approx(0.3 - 2)}
+    prefix = "student.backbone."
+    of_best = {name: value for name, value in best["state_dict"].items() if name.startswith(prefix)}
+    torch.testing.assert_close({prefix + name: value for name, value in backbone.state_dict().items()}, of_best)
+    assert not torch.equal(method.student.backbone.stages[0][0].weight, backbone.stages[0][0].weight)
 
 
 def test_nothing_is_left_of_a_trial_run(tmp_path):

@@ -24,7 +24,9 @@ def clock(monkeypatch):
 
 def test_images_per_second_and_wait(clock):
     callback, method = Throughput(), Method()
-    trainer = SimpleNamespace(train_dataloader=SimpleNamespace(batch_size=8), world_size=2)
+    trainer = SimpleNamespace(
+        train_dataloader=SimpleNamespace(batch_size=8), world_size=2, global_step=10, log_every_n_steps=10
+    )
     for _ in range(5):  # batches of 2 s, of which 0.5 s pass until the data are there
         method.batch_arrived_at = clock.now + 0.5
         clock.now += 2.0
@@ -45,7 +47,9 @@ def test_images_per_second_and_wait(clock):
 
 def test_a_recent_change_counts_most(clock):
     callback, method = Throughput(), Method()
-    trainer = SimpleNamespace(train_dataloader=SimpleNamespace(batch_size=10), world_size=1)
+    trainer = SimpleNamespace(
+        train_dataloader=SimpleNamespace(batch_size=10), world_size=1, global_step=1, log_every_n_steps=1
+    )
     for seconds in [1.0] * 100 + [0.5] * 100:
         clock.now += seconds
         callback.on_train_batch_end(trainer, method)

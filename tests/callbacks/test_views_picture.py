@@ -45,6 +45,30 @@ def test_views_are_shown_un_normalised_and_sources_in_their_shape(tmp_path):
         assert picture.getpixel((50, 16 + 80)) == (255, 255, 255)  # below a source twice as wide as high
 
 
+class Masked(NamedTuple):
+    crops: torch.Tensor
+    shown: torch.Tensor
+    valid: torch.Tensor
+
+
+class MaskPatches(nn.Module):
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+
+    def forward(self, batch, draws):
+        shown = torch.tensor([True, False, False, False]).expand(1, len(batch.image), 4)
+        return Masked(batch.image[None] / 255, shown, torch.ones(1, len(batch.image), dtype=torch.bool))
+
+
+def test_masks_of_patches_grey_what_is_false(tmp_path):
+    draw_views(batch_of(2), MaskPatches(), tmp_path / "views.png")
+    with Image.open(tmp_path / "views.png") as picture:
+        assert picture.size == (3 * 100, 16 + 2 * 100)
+        column, row = 200, 16 + 100  # the second image is white
+        assert picture.getpixel((column + 20, row + 20)) == (255, 255, 255)
+        assert picture.getpixel((column + 20, row + 80)) == (153, 153, 153)
+        assert picture.getpixel((column + 80, row + 20)) == (153, 153, 153)
+
+
 class Numbers(Dataset):
     def __len__(self):
         return 10

@@ -10,6 +10,8 @@ from ssl_distill.commands.folders import find_checkpoint, run_folder
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name in ("LOCAL_RANK", "SLURM_PROCID"):  # which a Trainer of another test may have set
+        monkeypatch.delenv(name, raising=False)
 
 
 def finished(*names):

@@ -55,7 +55,7 @@ def test_flat_and_nested_folders_have_no_labels(tmp_path):
 
 
 def names(data, part):
-    paths = data.parts.train.read.__self__.paths
+    paths = data.parts.train.read.__self__.source.paths
     return {paths[position] for position in getattr(data.parts, part).positions}
 
 
@@ -212,7 +212,7 @@ def test_errors(tmp_path, classes):
         (lambda: data_of(classes, num_workers=-1), "`num_workers` must be at least 0, got -1"),
         (
             lambda: data_of(tmp_path / "notes.md"),
-            r"`root` must be a folder of images or a .txt or .csv list, got the file",
+            r"`root` must be a folder of images or of shards, a .tar, or a .txt or .csv list, got the file",
         ),
         (lambda: data_of(tmp_path / "bad.txt"), r"bad.txt line 2 must be an image path .* got 'nothing"),
         (

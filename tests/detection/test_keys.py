@@ -3,10 +3,17 @@ import pickle
 import pytest
 import torch
 import torchvision
+from torch import nn
 
 from ssl_distill.backbones.create import create_backbone
-from ssl_distill.detection.keys import detectron2_keys, save_detectron2, save_torchvision
-from ssl_distill.export import export_backbone
+from ssl_distill.detection.keys import detectron2_keys, detectron2_settings, save_detectron2, save_torchvision
+
+
+def trained(name):
+    """A backbone with batch norm statistics of its own."""
+    backbone = create_backbone(name)
+    backbone.train()(torch.randn(4, 3, 64, 64))
+    return backbone.eval()
 
 
 def test_golden(golden):
@@ -21,25 +28,60 @@ def test_names_of_timm_are_those_of_the_map(golden):
     assert detectron2_keys(create_backbone("resnet18").state_dict()) == expected
 
 
-def test_files(tmp_path):
-    backbone = create_backbone("resnet18")
-    export_backbone(backbone, tmp_path / "backbone.safetensors")
-    save_detectron2(tmp_path / "backbone.safetensors", tmp_path / "backbone.pkl")
-    content = pickle.loads((tmp_path / "backbone.pkl").read_bytes())
-    assert content["matching_heuristics"] is True
-    torch.testing.assert_close(
-        torch.from_numpy(content["model"]["res2.0.conv1.weight"]), backbone.layer1[0].conv1.weight.detach()
-    )
-    save_torchvision(tmp_path / "backbone.safetensors", tmp_path / "backbone.pth")
-    theirs = torchvision.models.resnet18()
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_torchvision(tmp_path, name):
+    """Its own network computes the same, and only `fc` is missing."""
+    backbone = trained(name)
+    assert save_torchvision(backbone, tmp_path / "backbone.pth") == name
+    theirs = torchvision.models.get_model(name)
     missing = theirs.load_state_dict(torch.load(tmp_path / "backbone.pth", weights_only=True), strict=False)
     assert missing == (["fc.weight", "fc.bias"], [])
-    theirs.fc = torch.nn.Identity()
+    theirs.fc = nn.Identity()
     images = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(theirs.eval()(images), backbone.eval()(images), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(theirs.eval()(images), backbone(images), rtol=1e-4, atol=1e-4)
 
 
-def test_errors(tmp_path):
-    export_backbone(create_backbone("convnet_nano"), tmp_path / "backbone.safetensors")
-    with pytest.raises(ValueError, match=r"`backbone` must be a ResNet .* it has stages\.0"):
-        save_detectron2(tmp_path / "backbone.safetensors", tmp_path / "backbone.pkl")
+def test_detectron2(tmp_path, golden):
+    backbone = trained("resnet18").bfloat16()
+    assert save_detectron2(backbone, tmp_path / "backbone.pkl") == "resnet18"
+    content = pickle.loads((tmp_path / "backbone.pkl").read_bytes())
+    assert content.keys() == {"model", "__author__", "matching_heuristics"}
+    assert content["matching_heuristics"] is True
+    state = backbone.state_dict()
+    expected = {key: state[ours].float() for ours, key in detectron2_keys(state).items()}
+    found = {key: torch.from_numpy(value) for key, value in content["model"].items()}
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_settings_of_detectron2():
+    settings = detectron2_settings("resnet18", (0.4, 0.5, 0.6), (0.2, 0.2, 0.2))
+    assert settings["MODEL.RESNETS.DEPTH"] == 18
+    assert settings["MODEL.RESNETS.RES2_OUT_CHANNELS"] == 64
+    assert settings["MODEL.PIXEL_MEAN"] == [102.0, 127.5, 153.0]
+    settings = detectron2_settings("resnext50_32x4d", (0.4, 0.5, 0.6), (0.2, 0.2, 0.2))
+    assert (settings["MODEL.RESNETS.NUM_GROUPS"], settings["MODEL.RESNETS.WIDTH_PER_GROUP"]) == (32, 4)
+    assert "MODEL.RESNETS.RES2_OUT_CHANNELS" not in settings
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("convnet_nano", r"`encoder` must be one of resnet101, .* got convnet_nano, which has stages\.0"),
+        ("vit_nano_patch8_32", "got vit_nano_patch8_32, which has cls_token"),
+        ("resnet10_nano", r"got resnet10_nano\.$"),
+        ("resnetaa50", "what torchvision's resnet50 does for this format; resnetaa50 has the same weights"),
+    ],
+)
+def test_errors(tmp_path, name, message):
+    backbone = create_backbone(name)
+    for save, path in ((save_torchvision, tmp_path / "backbone.pth"), (save_detectron2, tmp_path / "backbone.pkl")):
+        with pytest.raises(ValueError, match=message):
+            save(backbone, path)
+        assert not path.exists()
+
+
+def test_errors_of_names(tmp_path):
+    with pytest.raises(ValueError, match=r"must end in \.pkl"):
+        save_detectron2(create_backbone("resnet18"), tmp_path / "backbone.pth")
+    with pytest.raises(ValueError, match=r"`names` must be those of torchvision's ResNets, got stages\.0"):
+        detectron2_keys(["stages.0.0.weight"])

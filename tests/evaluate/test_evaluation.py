@@ -144,6 +144,14 @@ def test_baseline_survives_a_resume(tmp_path):
     assert evaluation.baseline == baseline["scores"]
 
 
+def test_the_end_is_judged_between_validations(tmp_path):
+    data = loader(24, 0), [loader(30, 1), loader(12, 2)]
+    trainer_in(tmp_path, Evaluation(EVALUATORS), epochs=3, check_val_every_n_epoch=2).fit(Toy(), *data)
+    assert [(entry["epoch"], entry["step"]) for entry in history(tmp_path)] == [(0, 0), (2, 6), (3, 9)]
+    trainer_in(tmp_path, Evaluation(EVALUATORS), max_steps=4).fit(Toy(), *data)
+    assert [(entry["epoch"], entry["step"]) for entry in history(tmp_path)] == [(0, 0), (1, 3), (2, 4)]
+
+
 def test_partial_sanity_check_is_no_baseline(tmp_path, capsys):
     trainer_in(tmp_path, evaluation := Evaluation(EVALUATORS), epochs=1, sanity=1).fit(
         Toy(), loader(24, 0), [loader(30, 1), loader(12, 2)]

@@ -11,7 +11,7 @@ from ssl_distill.data.shapes import ShapesData
 from ssl_distill.evaluate.fine_tune import FineTune, classifier
 from ssl_distill.evaluate.probe_crop import ProbeCrop
 from ssl_distill.export import export_backbone
-from ssl_distill.optim.restarts import EpochCosine
+from ssl_distill.optim.schedules import EpochCosine
 
 SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 

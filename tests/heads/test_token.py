@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from ssl_distill.heads.token import SeparateTokenHead, TokenHead
 
@@ -58,6 +59,18 @@ def test_shapes(dtype):
     assert {id(p) for p in head.last_layers.parameters()} == {
         id(p) for name, p in head.named_parameters() if "last_layer" in name
     }
+
+
+@pytest.mark.parametrize("num_patches", [0, 1, 40])
+def test_batch_norm_of_class_tokens_does_not_see_patches(num_patches):
+    head = TokenHead(8, 5, hidden_dim=6, bottleneck_dim=4, norm=nn.BatchNorm1d)
+    class_tokens, patch_tokens = torch.randn(6, 8), torch.randn(num_patches, 8)
+    logits = head(class_tokens, patch_tokens)
+    assert logits.patch_logits.shape == (num_patches, 5)
+    if num_patches > 1:
+        torch.testing.assert_close(logits.class_logits, head(class_tokens, 10 * patch_tokens).class_logits)
+        again, _ = head.masked_and_mean(class_tokens[:2], patch_tokens.view(2, 20, 8), torch.ones(2, 20) > 0)
+        torch.testing.assert_close(again.patch_logits, logits.patch_logits)
 
 
 def test_errors():

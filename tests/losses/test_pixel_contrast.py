@@ -70,7 +70,7 @@ def test_pairings():
     maps = torch.randn(2, 3, 4, 5, 5)
     boxes = torch.tensor([0.0, 0.0, 10.0, 10.0]).expand(2, 3, 4)
     flip = torch.zeros(2, 3, dtype=torch.bool)
-    views = TwoViews(torch.empty(2, 3, 3, 10, 10), boxes, flip)
+    views = TwoViews(torch.empty(2, 3, 3, 10, 10), boxes, flip, torch.zeros(3, 3).long())
     assert same_view(maps, views) == (maps, None)
     torch.testing.assert_close(cross_view(maps, views).targets, maps.flip(0))
     aligned = cross_view_aligned(maps, views)

@@ -3,47 +3,44 @@
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from small_methods import separate_token_head, small_crops, small_dino, small_ibot, small_odis, small_udi
 from torch import multiprocessing
 
-from ssl_distill.augment.multi_crop import MultiCropAugment
+from ssl_distill.augment.object_crop import ObjectCropAugment
 from ssl_distill.callbacks.ema_teacher import EMATeacher
 from ssl_distill.data.shapes import ShapesData
-from ssl_distill.heads.prototype import PrototypeHead
+from ssl_distill.losses.object_view import mean_over_images
 from ssl_distill.methods.base import Distiller
-from ssl_distill.methods.dino import DINO
-from ssl_distill.optim.schedules import Cosine
 
 GLOBAL_BATCH = 8
 
 
-def small_head(in_dim, num_prototypes):
-    return PrototypeHead(in_dim, num_prototypes, hidden_dim=32, bottleneck_dim=16)
+METHODS: dict[str, Callable[[], Distiller]] = {
+    "dino": small_dino,
+    "ibot": partial(small_ibot, head=separate_token_head),
+    # Ranks have different numbers of scenes without an object; the default average is meant per rank.
+    "odis": partial(
+        small_odis,
+        augment=ObjectCropAugment(small_crops(), patch_size=8, min_area=0.05, missing="skip"),
+        average=mean_over_images,
+    ),
+    "udi": small_udi,
+}
+ON_SCENES = ("odis",)
+STOPS = {1: (1, 4, 7), 2: (1,)}  # accumulated batches: steps before which the machine goes down, of 8 and of 4
 
 
-def small_dino():
-    return DINO(
-        "vit_nano_patch8_32",
-        drop_path_rate=0.1,
-        num_prototypes=32,
-        head=small_head,
-        augment=MultiCropAugment(global_size=32, local_size=16, num_local=2),
-        learning_rate=Cosine(1e-3, 1e-5, warmup_epochs=1),
-        momentum=Cosine(0.9, 1.0),
-    )
-
-
-METHODS: dict[str, Callable[[], Distiller]] = {"dino": small_dino}
-
-
-def small_data(ranks=1):
-    return ShapesData(num_images=4 * GLOBAL_BATCH + 3, batch_size=GLOBAL_BATCH // ranks, bank_size=20, query_size=10)
+def small_data(name, ranks=1):
+    size = {"num_images": 4 * GLOBAL_BATCH + 3, "bank_size": 20, "query_size": 10}
+    return ShapesData("scene" if name in ON_SCENES else "single", batch_size=GLOBAL_BATCH // ranks, **size)
 
 
 def trainer_for(folder, callbacks=(), ranks=1, **kwargs):
@@ -69,8 +66,7 @@ def fit(name, folder, callbacks=(), ranks=1, ckpt_path=None, drop_path=True, **k
         for module in method.modules():
             if type(module).__name__ == "DropPath":
                 module.drop_prob = 0.0
-    data: LightningDataModule = small_data(ranks)
-    trainer_for(folder, callbacks, ranks, **kwargs).fit(method, data, ckpt_path=ckpt_path)
+    trainer_for(folder, callbacks, ranks, **kwargs).fit(method, small_data(name, ranks), ckpt_path=ckpt_path)
     return method
 
 
@@ -115,13 +111,12 @@ def test_teacher_obeys_its_law(name, tmp_path):
     torch.testing.assert_close(list(method.teacher.parameters()), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", STOPS)
 @pytest.mark.parametrize("name", METHODS)
 def test_resume_is_bit_equal(name, accumulate, tmp_path):
     """Stopped in mid-epoch, at its end and in the second epoch; resumed from the step before."""
     whole = fit(name, tmp_path, accumulate_grad_batches=accumulate).state_dict()
-    total = 8 // accumulate
-    for stop in (1, total // 2, total - 1):
+    for stop in STOPS[accumulate]:
         folder = tmp_path / str(stop)
         options = {"folder": folder, "accumulate_grad_batches": accumulate}
         with pytest.raises(Crash):
@@ -151,24 +146,34 @@ class StopAt(pl.Callback):
             raise Crash
 
 
-def run_rank(rank, world, port, name, folder):
+IN_FLOAT64 = {"drop_path": False, "max_steps": 4, "precision": "64-true"}  # AdamW blows rounding up to whole steps
+
+
+def run_rank(rank, world, port, folder):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
     os.environ["WORLD_SIZE"] = str(world)
-    method = fit(name, folder, ranks=world, drop_path=False, max_steps=4, precision="64-true")
-    torch.save(method.state_dict(), folder / f"rank{rank}.pt")
+    for name in METHODS:
+        method = fit(name, folder, ranks=world, **IN_FLOAT64)
+        torch.save(method.state_dict(), folder / f"{name}_{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory):
+    """Weights of every method and rank; started once, because starting takes longest."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(run_rank, (2, port, folder), nprocs=2)
+    return {name: [torch.load(folder / f"{name}_{rank}.pt") for rank in range(2)] for name in METHODS}
 
 
 @pytest.mark.ddp
 @pytest.mark.parametrize("name", METHODS)
-def test_two_ranks_equal_one(name, tmp_path):
-    """In float64: AdamW would blow the rounding of vanishing gradients up to whole steps."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(run_rank, (2, port, name, tmp_path), nprocs=2)
-    one = fit(name, tmp_path, drop_path=False, max_steps=4, precision="64-true").state_dict()
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+def test_two_ranks_equal_one(name, on_two_ranks, tmp_path):
+    one = fit(name, tmp_path, **IN_FLOAT64).state_dict()
+    first, second = on_two_ranks[name]
     for key, value in one.items():
         torch.testing.assert_close(first[key], value, rtol=1e-6, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
         assert torch.equal(first[key], second[key]), key

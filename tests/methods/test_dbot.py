@@ -21,8 +21,7 @@ from ssl_distill.export import export_backbone, load_backbone
 from ssl_distill.heads.decoder import FeatureDecoder
 from ssl_distill.methods.dbot import DBOT, dbot_adamw
 from ssl_distill.optim.parameters import decay_groups
-from ssl_distill.optim.restarts import EpochCosine
-from ssl_distill.optim.schedules import Cosine
+from ssl_distill.optim.schedules import Cosine, EpochCosine
 from ssl_distill.views import MaskedImages
 
 
@@ -161,23 +160,25 @@ def test_golden_groups(golden):
 
 
 def test_golden_teacher_depth(golden):
-    """Of the cases whose student keeps its depth, the only ones that we have."""
+    """The last of the official depths is no stage's."""
     case = golden("dbot/stage_plan")
     for params in case.params["cases"]:
-        if len(set(params["depth"])) > 1:
-            continue
         *starts, end = params["stage_epochs"]
+        depths = params["depth"][: len(starts)]
         method = small_dbot(
-            backbone_kwargs={"depth": params["depth"][0]},
+            backbone_kwargs={"depth": max(depths)},
             initial_teacher_depth=params["init_teacher_encoder_depth"],
             stage_starts=starts,
+            depths=depths,
         )
         trainer = SimpleNamespace(current_epoch=0, optimizers=[])
-        switches, depths = StagedTeacher(starts), []
+        switches, found = StagedTeacher(starts), []
         for trainer.current_epoch in range(end):
             switches.on_train_epoch_start(trainer, method)
-            depths.append(method.teacher.depth)
-        assert depths == case.tensors[f"{params['key']}_teacher_depth"].tolist()
+            found.append((method.teacher.depth, len(method.encoders()["student"].blocks)))
+        stages = case.tensors[f"{params['key']}_stage_index"].tolist()
+        teachers = case.tensors[f"{params['key']}_teacher_depth"].tolist()
+        assert found == [(teacher, depths[stage]) for teacher, stage in zip(teachers, stages, strict=True)]
 
 
 def small_decoder(embed_dim, target_dim, grid, drop_path_rate):
@@ -286,6 +287,27 @@ def test_encoder_gives_the_mean_patch_token(tmp_path):
     torch.testing.assert_close(with_class(images), with_class.tokens(images).class_tokens[:, 0])
 
 
+def test_a_shallow_student_is_the_network_of_that_depth(tmp_path):
+    method = small_dbot(depths=(2, 3), drop_path_rate=0.3)
+    encoder = method.encoders()["student"]
+    assert [block.drop_path1.drop_prob for block in encoder.blocks[1:]] == pytest.approx([0.3])
+    alone = create_backbone("vit_nano_patch8_32", depth=2, global_pool="avg", fc_norm=False)
+    alone.load_state_dict(encoder.state_dict())
+    images = torch.randn(2, 3, 32, 32)
+    expected = alone.eval()(images)
+    torch.testing.assert_close(encoder.eval()(images), expected)
+    export_backbone(encoder, tmp_path / "encoder.safetensors")
+    torch.testing.assert_close(load_backbone(tmp_path / "encoder.safetensors")(images), expected)
+
+    kept, hidden = divide_patches(torch.rand(2, 16), 0.75)
+    method.train().student(images, kept, hidden).sum().backward()
+    gradients = [parameter.grad for parameter in method.student.backbone.blocks[2].parameters()]
+    assert all(gradient.eq(0).all() for gradient in gradients)
+    method.next_stage()
+    rates = [block.drop_path1.drop_prob for block in method.encoders()["student"].blocks[1:]]
+    assert rates == pytest.approx([0.15, 0.3])
+
+
 class Crash(Exception):
     """The machine went down."""
 
@@ -304,19 +326,24 @@ def save_every_step(folder):
 
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 5])
-def test_resume_is_bit_equal(stop, tmp_path):
-    """Before the switch (after 3 steps), at it and after it; the teacher grows from one block to three."""
-    whole = fit(tmp_path / "whole").state_dict()
+@pytest.mark.parametrize("depths", [None, (2, 3), (3, 2)])
+def test_resume_is_bit_equal(depths, stop, tmp_path):
+    """Before the switch (after 3 steps), at it and after it; the teacher grows from one block to two or three."""
+    options = {"method_options": {"depths": depths, "drop_path_rate": 0.2}}
+    whole = fit(tmp_path / "whole", **options)
     with pytest.raises(Crash):
-        fit(tmp_path, [save_every_step(tmp_path), StopAt(stop)])
-    resumed = fit(tmp_path, [save_every_step(tmp_path)], tmp_path / "last.ckpt").state_dict()
-    assert not [name for name, value in whole.items() if not torch.equal(value, resumed[name])]
+        fit(tmp_path, [save_every_step(tmp_path), StopAt(stop)], **options)
+    resumed = fit(tmp_path, [save_every_step(tmp_path)], tmp_path / "last.ckpt", **options)
+    assert whole.teacher.depth == resumed.teacher.depth == (depths or (3, 3))[0]
+    assert whole.student.depth == resumed.student.depth == (depths or (3, 3))[1]
+    state = resumed.state_dict()
+    assert not [name for name, value in whole.state_dict().items() if not torch.equal(value, state[name])]
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_resume_of_a_finished_stage(epochs, tmp_path):
     """A checkpoint of an epoch's end, from before the switch or of a finished run that is prolonged."""
-    options = {"method_options": {"stage_starts": (0, 1, 2)}}
+    options = {"method_options": {"stage_starts": (0, 1, 2), "depths": (1, 3, 2)}}
     whole = fit(tmp_path / "whole", max_epochs=3, **options).state_dict()
 
     def at_epoch_end():
@@ -333,22 +360,25 @@ def test_resume_of_a_finished_stage(epochs, tmp_path):
     assert not [name for name, value in whole.items() if not torch.equal(value, resumed[name])]
 
 
+RANKS_OPTIONS = {"drop_path_rate": 0.0, "depths": (2, 3)}
+
+
 def run_rank(rank, world, port, folder):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
     os.environ["WORLD_SIZE"] = str(world)
-    method = fit(folder, ranks=world, precision="64-true", method_options={"drop_path_rate": 0.0})
+    method = fit(folder, ranks=world, precision="64-true", method_options=RANKS_OPTIONS)
     torch.save(method.state_dict(), folder / f"rank{rank}.pt")
 
 
 @pytest.mark.ddp
 def test_ranks(tmp_path):
-    """Bit-equal after a switch, and equal to one rank with the whole batch."""
+    """Bit-equal after a switch to a deeper student, and equal to one rank with the whole batch."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     multiprocessing.spawn(run_rank, (2, port, tmp_path), nprocs=2)
-    one = fit(tmp_path, precision="64-true", method_options={"drop_path_rate": 0.0}).state_dict()
+    one = fit(tmp_path, precision="64-true", method_options=RANKS_OPTIONS).state_dict()
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     for name, value in one.items():
         torch.testing.assert_close(first[name], value, rtol=1e-6, atol=1e-9)
@@ -399,6 +429,8 @@ def wide_teacher(**kwargs):
     [
         ({"initial_teacher_depth": 4}, "`initial_teacher_depth` must be from 0 to 3, .* got 4; for a deeper teacher"),
         ({"initial_teacher_depth": -1}, "`initial_teacher_depth` must be from 0 to 3"),
+        ({"depths": (3,)}, r"`depths` must be one number from 1 to 3, .* for each of 2 stages, got \[3\]"),
+        ({"depths": (3, 4)}, r"`depths` must be .* got \[3, 4\]; .* makes a deeper backbone"),
         ({"class_weight": -1.0}, "`class_weight` must be at least 0, got -1.0"),
         ({"global_clip_norm": -1.0}, "`global_clip_norm` must be at least 0, got -1.0"),
         ({"stage_starts": (0, 0)}, "`stage_starts` must be growing"),

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from small_methods import small_ibot
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -125,6 +126,7 @@ def test_golden(golden, tmp_path):
     Trainer(
         max_epochs=case.params["epochs"],
         reload_dataloaders_every_n_epochs=1,
+        log_every_n_steps=1,
         precision="64-true",
         accelerator="cpu",
         devices=1,
@@ -151,12 +153,6 @@ def test_golden(golden, tmp_path):
                 torch.testing.assert_close(
                     seen[network][name], value, **EXPECT, msg=lambda text, n=name: f"{n}: {text}"
                 )
-
-
-def small_ibot(**kwargs):
-    crops = MultiCropAugment(global_size=32, local_size=16, num_local=1)
-    kwargs = {"augment": MaskedCropAugment(crops, patch_size=8), "num_prototypes": 16, **kwargs}
-    return IBOT("vit_nano_patch8_32", **kwargs)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
+import os
+import socket
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, Trainer, seed_everything
 from mokd_weights import in_float64, mlp_head_state, t_head_state
-from torch import nn
+from test_contract import Crash, StopAt, save_every_step, small_data, trainer_for
+from torch import multiprocessing, nn
 from torch.utils.data import DataLoader
 
 from ssl_distill.augment.multi_crop import MultiCropAugment
@@ -307,15 +310,19 @@ def test_losses_of_one_model_give_the_other_no_gradient(first, second, tmp_path)
         global_step=0,
         log_every_n_steps=1,
     )
-    losses = method.losses(MultiCrop(torch.randn(2, 4, 3, 32, 32), torch.randn(2, 4, 3, 16, 16)))
-    assert list(losses) == [
-        f"{name}_{term}" for name in ("first", "second") for term in ("self", "token", "cross", "search")
-    ]
-    sum(loss for name, loss in losses.items() if name.startswith("first")).backward()
-    assert all(parameter.grad is None for parameter in method.student["second"].parameters())
-    trained = [parameter for parameter in method.student["first"].parameters() if parameter.requires_grad]
-    assert all(parameter.grad is not None for parameter in trained)
-    assert {"first_teacher_entropy", "second_kl", "feature_std", "agreement"} <= set(method.monitor())
+    views = MultiCrop(torch.randn(2, 4, 3, 32, 32), torch.randn(2, 4, 3, 16, 16))
+    for name, other in (("first", "second"), ("second", "first")):
+        losses = method.losses(views)
+        assert list(losses) == [f"{n}_{term}" for n in ("first", "second") for term in LOSSES.values()]
+        method.zero_grad()
+        sum(loss for key, loss in losses.items() if key.startswith(name)).backward()
+        trained = [parameter for parameter in method.student[name].parameters() if parameter.requires_grad]
+        assert all(parameter.grad is not None for parameter in trained)
+        strangers = [*method.student[other].parameters(), *method.teacher.parameters()]
+        assert all(parameter.grad is None for parameter in strangers)
+    assert {"first_teacher_entropy", "second_kl", "second_token_kl", "feature_std", "agreement"} <= set(
+        method.monitor()
+    )
 
 
 def test_a_run_moves_both_models(tmp_path):
@@ -324,7 +331,9 @@ def test_a_run_moves_both_models(tmp_path):
         torch.manual_seed(0)
         method = small_mokd(num_local=num_local, freeze_last_layer_epochs=0)
         before = {name: value.clone() for name, value in method.named_parameters()}
-        trainer = quiet_trainer(tmp_path, max_epochs=2, accumulate_grad_batches=2, limit_val_batches=0)
+        trainer = quiet_trainer(
+            tmp_path, max_epochs=2, accumulate_grad_batches=2, limit_val_batches=0, log_every_n_steps=1
+        )
         trainer.fit(method, ShapesData(num_images=32, batch_size=8, bank_size=8, query_size=8))
         assert trainer.global_step == 4
         moved = {name for name, value in method.named_parameters() if not torch.equal(value, before[name])}
@@ -334,12 +343,102 @@ def test_a_run_moves_both_models(tmp_path):
         assert ("train/first_search" in trainer.callback_metrics) == bool(num_local)
 
 
+NO_BATCH_NORM = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "output_stride": 16}
+
+
+def contract_mokd(drop_path_rate=0.1):
+    """A ConvNet and a ViT without batch norm, whose statistics ranks do not share on CPUs."""
+    head = partial(PrototypeHead, hidden_dim=32, bottleneck_dim=16)
+    common = {"head": head, "drop_path_rate": drop_path_rate, "learning_rate": Cosine(1e-3, 1e-5, warmup_epochs=1)}
+    first = replace(small_learner("cnn", "convnext_atto"), backbone_kwargs=NO_BATCH_NORM, **common)
+    return MOKD(
+        first,
+        replace(small_learner("vit", "vit_nano_patch8_32"), **common),
+        num_prototypes=32,
+        augment=MultiCropAugment(global_size=32, local_size=16, num_local=2),
+        reference_batch=None,
+        momentum=Cosine(0.9, 1.0),
+    )
+
+
+def fit(folder, callbacks=(), ranks=1, ckpt_path=None, drop_path_rate=0.1, **kwargs):
+    seed_everything(0, verbose=False)
+    method = contract_mokd(drop_path_rate)
+    trainer_for(folder, callbacks, ranks, **kwargs).fit(method, small_data("mokd", ranks), ckpt_path=ckpt_path)
+    return method
+
+
+def test_teachers_obey_their_law(tmp_path):
+    """Both are the moving average of their own student, recomputed from the students of every step."""
+    expected = {}
+
+    class Recorder(Callback):
+        def on_train_start(self, trainer, pl_module):
+            expected.update({key: value.clone() for key, value in pl_module.teacher.named_parameters()})
+
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            momentum = pl_module.momentum.at(pl_module.position._replace(step=trainer.global_step - 1))
+            for key, student in pl_module.student.named_parameters():
+                expected[key].mul_(momentum).add_(student.detach(), alpha=1 - momentum)
+
+    method = fit(tmp_path, [Recorder()])
+    assert method.trainer.global_step == 8
+    for key, teacher in method.teacher.named_parameters():
+        torch.testing.assert_close(teacher, expected[key], rtol=1e-5, atol=1e-6)
+    assert all(value.isfinite() for value in method.monitor().values())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resume_is_bit_equal(accumulate, tmp_path):
+    """Stopped in mid-epoch, at its end and in the second epoch, both optimisers' states included."""
+    options = {"accumulate_grad_batches": accumulate}
+    whole = fit(tmp_path, **options)
+    total = 8 // accumulate
+    for stop in (1, total // 2, total - 1):
+        folder = tmp_path / str(stop)
+        with pytest.raises(Crash):
+            fit(folder, [save_every_step(folder), StopAt(stop)], **options)
+        resumed = fit(folder, [save_every_step(folder)], ckpt_path=folder / "last.ckpt", **options)
+        torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+        states = [method.trainer.optimizers[0].state_dict()["state"] for method in (resumed, whole)]
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def run_rank(rank, port, folder):
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
+    os.environ["WORLD_SIZE"] = "2"
+    method = fit(folder, ranks=2, drop_path_rate=0.0, max_steps=4, precision="64-true")
+    torch.save(method.state_dict(), folder / f"rank{rank}.pt")
+
+
+@pytest.mark.ddp
+def test_ranks(tmp_path):
+    """Two ranks with half the batch each equal one: both students, both teachers, all four centers."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(run_rank, (port, tmp_path), nprocs=2)
+    one = fit(tmp_path, drop_path_rate=0.0, max_steps=4, precision="64-true").state_dict()
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert sum(key.startswith("targets.") and bool(value.any()) for key, value in one.items()) >= 4
+    for key, value in one.items():
+        torch.testing.assert_close(first[key], value, rtol=1e-6, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
+        assert torch.equal(first[key], second[key]), key
+
+
 def test_encoders_by_name():
     method = small_mokd()
     encoders = method.encoders()
     assert list(encoders) == ["first", "second", "first_student", "second_student"]
     assert encoders["first"] is method.teacher["first"].backbone
     assert encoders["second_student"].timm_name == "vit_nano_patch8_32"
+    assert [name for model in method.models() for name in model] == [
+        "first",
+        "first_student",
+        "second",
+        "second_student",
+    ]
 
 
 def small_pair(**changes):
@@ -357,6 +456,11 @@ def small_pair(**changes):
     [
         ({"name": "first"}, "`second.name` must differ from `first.name`, got 'first' twice"),
         ({"name": "my.vit"}, "`name` must be letters, digits and underscores, not starting in a digit, got 'my.vit'"),
+        ({"name": "keys"}, "`name` must be none that PyTorch's modules use themselves, got 'keys'"),
+        (
+            {"name": "first_student"},
+            "`name` must not be 'first_student', which is what the student of 'first' is",
+        ),
         ({"cross_weight": -1.0}, "`cross_weight` of second must be at least 0, got -1.0"),
         (
             {"token_head": partial(THead, embed_dim=32, num_heads=2)},

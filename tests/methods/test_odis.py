@@ -1,41 +1,22 @@
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from small_methods import small_crops, small_ibot, small_odis
 
-from ssl_distill.augment.multi_crop import MultiCropAugment
 from ssl_distill.augment.object_crop import ObjectCropAugment
 from ssl_distill.data.shapes import ShapesData
-from ssl_distill.heads.token import TokenHead
 from ssl_distill.losses.object_view import mean_over_images, mean_over_valid
-from ssl_distill.methods.ibot import IBOT
-from ssl_distill.methods.odis import ODIS
-from ssl_distill.optim.schedules import Cosine
 from ssl_distill.views import MaskedCrops, ObjectCrops
-
-
-def small_head(in_dim, num_prototypes):
-    return TokenHead(in_dim, num_prototypes, hidden_dim=32, bottleneck_dim=16)
-
-
-def crops(**kwargs):
-    sizes = {"global_size": 32, "local_size": 16, "num_local": 1, "global_scale": (0.25, 1.0)}
-    return MultiCropAugment(**{**sizes, **kwargs})
-
-
-def small(kind, **kwargs):
-    torch.manual_seed(0)
-    kwargs = {"augment": ObjectCropAugment(crops(), patch_size=4), "drop_path_rate": 0.0, **kwargs}
-    return kind("vit_nano_patch4_32", num_prototypes=32, head=small_head, **kwargs)
 
 
 def random_views(attend=1.0, valid=1.0):
     """Views of 3 images with these shares of attended patches and valid views."""
     generator = torch.Generator().manual_seed(0)
-    share = torch.rand(2, 3, 64, generator=generator)
+    share = torch.rand(2, 3, 16, generator=generator)
     return ObjectCrops(
         torch.randn(2, 3, 3, 32, 32, generator=generator),
         torch.randn(1, 3, 3, 16, 16, generator=generator),
-        torch.rand(2, 3, 64, generator=generator) < 0.3,
+        torch.rand(2, 3, 16, generator=generator) < 0.3,
         share < attend,
         torch.rand(3, 3, generator=generator) < valid,
         torch.zeros(2, 3, dtype=torch.long),
@@ -57,15 +38,17 @@ def losses(method, views):
 
 def test_without_objects_it_is_ibot():
     views = random_views()
-    odis = losses(small(ODIS), views)
-    ibot = losses(small(IBOT), MaskedCrops(*views[:3]))
+    torch.manual_seed(0)
+    odis = losses(small_odis(drop_path_rate=0.0), views)
+    torch.manual_seed(0)
+    ibot = losses(small_ibot(drop_path_rate=0.0), MaskedCrops(*views[:3]))
     torch.testing.assert_close(odis["object"], ibot["class"])
     torch.testing.assert_close(odis["patch"], ibot["patch"])
 
 
 def test_both_networks_attend_to_the_object():
     everything, some = random_views(), random_views(attend=0.3)
-    method = small(ODIS)
+    method = small_odis(drop_path_rate=0.0)
     for network in (method.teacher, method.student):
         calls = [
             network.teach(views.global_crops, views.masked, views.attend)
@@ -81,7 +64,7 @@ def test_both_networks_attend_to_the_object():
 @pytest.mark.parametrize("average", [mean_over_valid, mean_over_images])
 def test_nothing_valid(average):
     """A rank without any valid view: finite, every parameter in the graph, the center stays."""
-    method = small(ODIS, average=average)
+    method = small_odis(average=average)
     method.object_center.value.fill_(0.5)
     before = method.object_center.value.clone()
     terms = losses(method, random_views(attend=0.0, valid=0.0))
@@ -95,8 +78,8 @@ def test_nothing_valid(average):
 
 
 def test_nothing_masked_leaves_the_mask_token_in_the_graph():
-    views = random_views()._replace(masked=torch.zeros(2, 3, 64, dtype=torch.bool))
-    method = small(ODIS)
+    views = random_views()._replace(masked=torch.zeros(2, 3, 16, dtype=torch.bool))
+    method = small_odis()
     terms = losses(method, views)
     assert terms["patch"].item() == 0
     terms["patch"].backward()
@@ -104,10 +87,8 @@ def test_nothing_masked_leaves_the_mask_token_in_the_graph():
 
 
 @pytest.mark.parametrize("missing", ["whole_image", "skip"])
-def test_training_on_scenes(missing, tmp_path):
-    augment = ObjectCropAugment(crops(), patch_size=4, missing=missing)
-    method = small(ODIS, augment=augment, learning_rate=Cosine(1e-3, 1e-5))
-    start = [parameter.clone() for parameter in method.student.parameters()]
+def test_health_tells_of_images_without_objects(missing, tmp_path):
+    method = small_odis(augment=ObjectCropAugment(small_crops(), patch_size=8, min_area=0.05, missing=missing))
     Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -119,15 +100,14 @@ def test_training_on_scenes(missing, tmp_path):
         limit_val_batches=0,
         default_root_dir=tmp_path,
     ).fit(method, ShapesData("scene", num_images=16, batch_size=8, bank_size=4, query_size=4))
-    assert all(parameter.isfinite().all() for parameter in method.parameters())
-    assert any(not torch.equal(a, b) for a, b in zip(start, method.student.parameters(), strict=True))
     health = method.monitor()
-    for name in ("valid_fraction", "redraws_mean", "fallback_rate", "object_patches_mean"):
-        assert health[name].isfinite()
-    assert 0 < health["valid_fraction"] <= 1
-    assert 1 <= health["object_patches_mean"] < 64
+    assert (health["valid_fraction"] == 1) == (missing == "whole_image")  # some scenes have no object so large
+    assert health["valid_fraction"] > 0.1
+    assert health["redraws_mean"] >= 0
+    assert 0 <= health["fallback_rate"] < 1
+    assert 1 <= health["object_patches_mean"] < 16
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"`augment.patch_size` must be that of the backbone, 4 x 4 pixels, got 8"):
-        small(ODIS, augment=ObjectCropAugment(crops(), patch_size=8))
+    with pytest.raises(ValueError, match=r"`augment.patch_size` must be that of the backbone, 8 x 8 pixels, got 4"):
+        small_odis(augment=ObjectCropAugment(small_crops(), patch_size=4))

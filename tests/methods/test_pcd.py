@@ -1,17 +1,23 @@
+import os
+import socket
+
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
-from torch import nn
+from lightning.pytorch import Callback, Trainer, seed_everything
+from test_contract import Crash, StopAt, save_every_step, trainer_for
+from torch import multiprocessing, nn
 from torch.utils.data import DataLoader
 
+from ssl_distill.augment.repeated_views import RepeatedViews
 from ssl_distill.augment.two_view import TwoViewAugment
 from ssl_distill.backbones.create import create_backbone
 from ssl_distill.backbones.projection_teacher import ProjectionTeacher
+from ssl_distill.backbones.teacher_maps import CachedMaps, fingerprint
 from ssl_distill.data.shapes import ShapesData
 from ssl_distill.export import export_method, load_backbone
 from ssl_distill.heads.dense import DenseProjection
 from ssl_distill.losses.pixel_pairs import cross_view, cross_view_aligned, same_view
-from ssl_distill.methods.pcd import PCD, fingerprint
+from ssl_distill.methods.pcd import PCD
 from ssl_distill.optim.parameters import adamw
 from ssl_distill.optim.schedules import Cosine
 from ssl_distill.views import TwoViews
@@ -101,7 +107,8 @@ def test_golden(golden, tmp_path):
                 found.update(loss=outputs["loss"], queue_out=queue.keys.T, ptr_out=queue.pointer)
 
         batch = len(t["student_map_view1"])
-        views = TwoViews(torch.zeros(2, batch, 3, 1, 1), torch.zeros(2, batch, 4), torch.zeros(2, batch).bool())
+        geometry = torch.zeros(2, batch, 4), torch.zeros(2, batch).bool(), torch.zeros(batch, 3).long()
+        views = TwoViews(torch.zeros(2, batch, 3, 1, 1), *geometry)
         method.augment = StoredViews()
         trainer = quiet_trainer(tmp_path, max_epochs=1, precision="64-true", callbacks=[Recorder()])
         trainer.fit(method, DataLoader([views], batch_size=None))
@@ -128,6 +135,7 @@ def test_only_the_student_moves(pairing, attention, tmp_path):
     torch.testing.assert_close(dict(method.teacher.state_dict()), teacher, rtol=0, atol=0)
     assert not any(torch.equal(value, student[name]) for name, value in method.student.named_parameters())
     assert method.queue.pointer == 80 % 50
+    assert all(value.isfinite().all() for value in method.state_dict().values())
     health = method.monitor()
     assert {"positive_cosine", "queue_top1", "effective_negatives", "feature_std"} == set(health)
     assert all(value.isfinite() for value in health.values())
@@ -174,6 +182,86 @@ def test_checkpoint_knows_its_teacher(tmp_path):
         quiet_trainer(tmp_path, max_epochs=2).fit(
             small_pcd(teacher=small_teacher(seed=6)), shapes(), ckpt_path=tmp_path / "last.ckpt"
         )
+
+
+def fit(folder, callbacks=(), ranks=1, ckpt_path=None, parts=None, **kwargs):
+    seed_everything(0, verbose=False)
+    method = small_pcd(**(parts or {}))
+    data = shapes(num_images=35, batch_size=8 // ranks)
+    trainer_for(folder, callbacks, ranks, **kwargs).fit(method, data, ckpt_path=ckpt_path)
+    return method
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resume_is_bit_equal(accumulate, tmp_path):
+    """Stopped in mid-epoch, at its end and in the second epoch: student, its optimiser, queue and pointer."""
+    options = {"accumulate_grad_batches": accumulate}
+    whole = fit(tmp_path, **options)
+    total = 8 // accumulate
+    assert whole.trainer.global_step == total
+    for stop in (1, total // 2, total - 1):
+        folder = tmp_path / str(stop)
+        with pytest.raises(Crash):
+            fit(folder, [save_every_step(folder), StopAt(stop)], **options)
+        resumed = fit(folder, [save_every_step(folder)], ckpt_path=folder / "last.ckpt", **options)
+        torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+        states = [method.trainer.optimizers[0].state_dict()["state"] for method in (resumed, whole)]
+        torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def without_batch_norm(pairing):
+    """In the student; the teacher's has fixed statistics."""
+    return {"backbone": "vit_nano_patch8_32", "head": conv_head, "pairing": pairing, "queue_size": 24}
+
+
+def conv_head(in_dim, out_dim):
+    return nn.Conv2d(in_dim, out_dim, 1)
+
+
+PAIRINGS = [same_view, cross_view_aligned]
+IN_FLOAT64 = {"max_steps": 4, "precision": "64-true"}  # AdamW blows rounding up to whole steps
+
+
+def run_rank(rank, port, folder):
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
+    os.environ["WORLD_SIZE"] = "2"
+    for pairing in PAIRINGS:
+        method = fit(folder, ranks=2, parts=without_batch_norm(pairing), **IN_FLOAT64)
+        torch.save(method.state_dict(), folder / f"{pairing.__name__}_{rank}.pt")
+
+
+@pytest.mark.ddp
+def test_ranks(tmp_path):
+    """Two ranks with half the batch each equal one, although they have different numbers of pairs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(run_rank, (port, tmp_path), nprocs=2)
+    for pairing in PAIRINGS:
+        one = fit(tmp_path, parts=without_batch_norm(pairing), **IN_FLOAT64).state_dict()
+        first, second = (torch.load(tmp_path / f"{pairing.__name__}_{rank}.pt") for rank in range(2))
+        assert one["queue.pointer"] == 4 * 8 % 24
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+        # Ranks take every second image of a batch, and the queue takes rank by rank.
+        keys = one["queue.keys"].view(3, 4, 2, -1)
+        one["queue.keys"] = keys.transpose(1, 2).reshape(24, -1)
+        torch.testing.assert_close(first, one, rtol=1e-6, atol=1e-9)
+
+
+def test_cached_maps_train_the_same_student(tmp_path):
+    """With an empty cache and with a full one to the bit, without one up to half precision."""
+    augment = RepeatedViews(TwoViewAugment(32))
+    runs = {}
+    for name in ("computed", "empty", "full"):
+        parts = {"augment": augment, "optimizer": torch.optim.SGD, "learning_rate": Cosine(0.1, 0.1)}
+        if name != "computed":
+            parts["teacher_maps"] = CachedMaps(tmp_path / "maps")
+        runs[name] = fit(tmp_path, parts=parts).state_dict()
+    torch.testing.assert_close(runs["full"], runs["empty"], rtol=0, atol=0)
+    torch.testing.assert_close(runs["empty"], runs["computed"], rtol=1e-2, atol=1e-3)
+    assert not torch.equal(runs["empty"]["queue.keys"], runs["computed"]["queue.keys"])
+    assert 32 <= len(list(tmp_path.rglob("*.npz"))) <= 35  # an epoch leaves three out
 
 
 def test_export_holds_the_backbone_only(tmp_path):

@@ -1,10 +1,10 @@
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from small_methods import aligned_crops, small_udi
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ssl_distill.augment.aligned_crop import AlignedCropAugment
 from ssl_distill.backbones.create import create_backbone
 from ssl_distill.data.shapes import ShapesData
 from ssl_distill.heads.prototype import PrototypeHead, UnitPrototypes
@@ -221,23 +221,6 @@ def test_golden_head(golden):
         torch.testing.assert_close(head.get_parameter(name).grad, gradient, rtol=1e-6, atol=1e-9)
 
 
-def small_augment(**kwargs):
-    options = {"global_size": 32, "local_size": 16, "num_local": 2, "patch_size": 8, "global_window": 2}
-    return AlignedCropAugment(**{**options, "local_window": 1, **kwargs})
-
-
-def small_udi(**kwargs):
-    options = {
-        "backbone": "vit_nano_patch8_32",
-        "num_prototypes": 32,
-        "head": lambda dim, count: TokenHead(dim, count, hidden_dim=32, bottleneck_dim=16),
-        "augment": small_augment(),
-        "learning_rate": Cosine(1e-3, 1e-5, warmup_epochs=1),
-        "momentum": Cosine(0.9, 1.0),
-    }
-    return UDI(**{**options, **kwargs})
-
-
 class GradientRecorder(Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.without = [n for n, p in pl_module.named_parameters() if p.requires_grad and p.grad is None]
@@ -246,7 +229,7 @@ class GradientRecorder(Callback):
 @pytest.mark.parametrize(("num_local", "precision"), [(0, "32-true"), (2, "32-true"), (2, "bf16-mixed")])
 def test_trains(num_local, precision, tmp_path):
     recorder = GradientRecorder()
-    method = small_udi(augment=small_augment(num_local=num_local))
+    method = small_udi(augment=aligned_crops(num_local=num_local))
     trainer = Trainer(
         max_epochs=2,
         precision=precision,
@@ -301,7 +284,7 @@ def test_class_tokens_are_clipped_together():
         ({"backbone": "convnet_nano", "backbone_kwargs": {"num_class_tokens": 1}}, "must be one of timm's plain ViTs"),
         ({"backbone": create_backbone("vit_nano_patch8_32")}, "`backbone` must have 2 class tokens, got 1"),
         ({"head": PrototypeHead}, "`head` must make a TokenHead, got PrototypeHead"),
-        ({"augment": small_augment(patch_size=4)}, "`augment.patch_size` must be that of the backbone, 8 .* got 4"),
+        ({"augment": aligned_crops(patch_size=4)}, "`augment.patch_size` must be that of the backbone, 8 .* got 4"),
         ({"srs": lambda dim, heads: SampledAttention(dim, 5)}, "`num_heads` must divide the width 64"),
         ({"clip_norm": -1.0}, "`clip_norm` must be at least 0"),
     ],

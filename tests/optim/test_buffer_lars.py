@@ -1,11 +1,9 @@
-import pytest
 import torch
 from torch import nn
 
 from ssl_distill.optim.buffer_lars import BufferLARS
 from ssl_distill.optim.parameters import decay_groups
-from ssl_distill.optim.schedules import Position
-from ssl_distill.optim.warmup_cosine import WarmupCosine
+from ssl_distill.optim.schedules import EpochCosine, Position
 
 
 def test_golden(golden):
@@ -30,16 +28,10 @@ def test_golden(golden):
 def test_golden_learning_rate(golden):
     case = golden("pcd/lr_schedule")
     p = case.params
-    curve = WarmupCosine(p["base_lr"] / 4, p["warmup_epochs"]).scaled(4)
+    curve = EpochCosine(p["base_lr"] / 4, 0.0, p["warmup_epochs"]).scaled(4)
     rates = [curve.at(Position(epoch, p["total_epochs"], 1)) for epoch in range(p["total_epochs"])]
     expected = case.tensors["lr_per_epoch"]
     torch.testing.assert_close(torch.tensor(rates, dtype=torch.float64), expected, rtol=1e-9, atol=1e-12)
-
-
-def test_warmup_may_exceed_the_run():
-    curve = WarmupCosine(1.0, warmup_epochs=10)
-    assert [curve.at(Position(step, 4, 2)) for step in range(4)] == [0, 0.25, 0.5, 0.75]
-    assert WarmupCosine(1.0, 0).at(Position(0, 4, 2)) == 1
 
 
 def test_leaves_alone_what_has_no_gradient():
@@ -47,8 +39,3 @@ def test_leaves_alone_what_has_no_gradient():
     before = layer.weight.clone()
     BufferLARS(decay_groups(layer), lr=1.0).step()
     assert torch.equal(layer.weight, before)
-
-
-def test_errors():
-    with pytest.raises(ValueError, match="`warmup_epochs` must be at least 0, got -1"):
-        WarmupCosine(1.0, -1)

@@ -3,8 +3,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ssl_distill.optim.restarts import EpochCosine, Restarts, stage_of
-from ssl_distill.optim.schedules import Position
+from ssl_distill.optim.restarts import Restarts, stage_of
+from ssl_distill.optim.schedules import EpochCosine, Position
 
 
 def test_golden(golden):
@@ -38,15 +38,9 @@ def test_at_a_position():
     assert values[11] == pytest.approx(0.5)
 
 
-def test_warmup_longer_than_the_run_fills_it():
-    rate = EpochCosine(1.0, 0.0, warmup_epochs=4)
-    assert [rate.at(Position(step, 2, 1)) for step in range(2)] == [0.0, 0.25]
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: EpochCosine(1.0, warmup_epochs=-1), "`warmup_epochs` must be at least 0, got -1"),
         (lambda: Restarts(EpochCosine(1.0), []), "`stage_starts` must be growing epochs from 0 on"),
         (lambda: Restarts(EpochCosine(1.0), [1, 2]), r"`stage_starts` must be growing .* got \[1, 2\]"),
         (lambda: Restarts(EpochCosine(1.0), [0, 2, 2]), "`stage_starts` must be growing"),

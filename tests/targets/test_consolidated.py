@@ -7,6 +7,7 @@ from torch import multiprocessing, nn
 
 from ssl_distill.losses.consolidated import paired_entropy, point_entropy
 from ssl_distill.losses.cross_view import cross_view_entropy
+from ssl_distill.targets.center import Center, over_ranks, over_samples
 from ssl_distill.targets.consolidated import (
     Consolidation,
     PatchVectors,
@@ -14,7 +15,6 @@ from ssl_distill.targets.consolidated import (
     class_where_empty,
     shrink_where_empty,
 )
-from ssl_distill.targets.weighted_center import WeightedCenter, over_ranks
 
 EXPECT = {"rtol": 1e-6, "atol": 1e-9}
 
@@ -124,7 +124,7 @@ def run_golden_rank(rank, port, case, answers):
     for name in ("mixture_global", "mixture_local"):
         consolidation.plus_center.observe(tensors[name])
     for each in (points, local):
-        consolidation.patch_center.observe(each.sum.flatten(0, -2).sum(0), each.total.sum())
+        consolidation.patch_center.observe_sum(each.sum.flatten(0, -2).sum(0), each.total.sum())
     consolidation.update()
     answers.put((rank, torch.cat([center.value for center in centers]).numpy()))
     dist.destroy_process_group()
@@ -151,17 +151,17 @@ def test_golden_ranks(golden):
 def run_rank_without_points(rank, port, answers):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for average in (over_ranks, None):
-        center = WeightedCenter(2, 0.5, average) if average else WeightedCenter(2, 0.5)
+    for average in (over_ranks, over_samples):
+        center = Center(2, 0.5, average)
         there = torch.full((3,), rank == 1)
         rows = torch.tensor([[2.0, 4.0]] * int(there.sum())).view(-1, 2)
-        center.observe(rows.sum(0), torch.tensor(float(len(rows))))
+        center.observe_sum(rows.sum(0), torch.tensor(float(len(rows))))
         center.update()
         logits = torch.zeros_like(rows).requires_grad_()
         loss = point_entropy(center(rows, 1.0), logits, there)
         loss.backward()
         answers.put((rank, float(loss), center.value.tolist()))
-        center.observe(torch.zeros(2), torch.tensor(0.0))
+        center.observe_sum(torch.zeros(2), torch.tensor(0.0))
         center.update()
         answers.put((rank, float(loss), center.value.tolist()))
     dist.destroy_process_group()
@@ -215,7 +215,7 @@ def test_blend_of_probabilities_is_a_mixture():
     ("make", "message"),
     [
         (lambda: Consolidation(4, alpha=1.5), r"`alpha` must lie in \[0, 1\], got 1.5"),
-        (lambda: WeightedCenter(4, momentum=-0.1), r"`momentum` must lie in \[0, 1\], got -0.1"),
+        (lambda: Center(4, momentum=-0.1), r"`momentum` must lie in \[0, 1\], got -0.1"),
         (
             lambda: paired_entropy(torch.ones(2, 1, 3), torch.ones(1, 1, 3), torch.ones(2, 1, 3)),
             "`logits` must have one stack for each of 3 crops, got 2",

@@ -1,18 +1,17 @@
 """Time of a dBOT step whose encoder drops hidden patches, against the same step with an encoder that sees all.
 
-Run: python tools/bench/dbot.py [--tiny] [--steps 20] [--device cuda]
-Protocol: fixed random images; teacher and student forward, loss, backward, gradient clipping, AdamW. Without dropping,
-the encoder computes on all patches and the decoder gets the same quarter of its tokens. One process, sides alternate,
-medians over the steps, first step of each side left out.
+Run: python tools/bench/dbot.py [--tiny] [--steps 20]
+Protocol: fixed random images; the encoder alone, forward and backward; then the whole step: teacher and student
+forward, loss, backward, gradient clipping, AdamW. Without dropping, the encoder computes on all patches and the decoder
+gets the same quarter of its tokens. CPU time, one process, sides alternate, medians, first turn of each side left out.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from measure import paired_times, ratio, spread
 
 from ssl_distill.augment.masked_image import divide_patches
 from ssl_distill.backbones.create import create_backbone, embed_dim_of
@@ -40,38 +39,39 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def step_of(case: dict[str, Any], drop: bool, device: torch.device) -> Callable[[], float]:
-    """One step on random images."""
+def work_of(case: dict[str, Any], drop: bool) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The encoder alone, and the whole step, on random images."""
     torch.manual_seed(0)
     encoder: Any = create_backbone(case["name"])
     width, grid = embed_dim_of(encoder), encoder.patch_embed.grid_size
-    student = MaskedStudent(encoder, FeatureDecoder(width, width, grid, **case["decoder"])).to(device)
+    student = MaskedStudent(encoder, FeatureDecoder(width, width, grid, **case["decoder"]))
     copy: Any = create_backbone(case["name"])
-    teacher = StagedFeatures(copy, len(copy.blocks)).to(device)
-    teacher.follow(student.backbone)
+    teacher = StagedFeatures(copy, len(copy.blocks))
+    teacher.follow(student.backbone, len(copy.blocks))
     optimizer = dbot_adamw(decay_groups(student))
     for group in optimizer.param_groups:
         group.update(lr=1e-4, weight_decay=0.05 if group["decayed"] else 0.0)
-    images = torch.randn(case["batch"], 3, case["size"], case["size"], device=device)
-    kept, hidden = divide_patches(torch.rand(case["batch"], grid[0] * grid[1], device=device), 0.75)
+    images = torch.randn(case["batch"], 3, case["size"], case["size"])
+    kept, hidden = divide_patches(torch.rand(case["batch"], grid[0] * grid[1]), 0.75)
 
-    def predictions() -> torch.Tensor:
+    def visible() -> Tokens:
         if drop:
-            return student(images, kept, hidden)
+            return student.backbone.tokens(images, keep=kept)
         class_token, *_ = tokens = student.backbone.tokens(images)
-        visible = class_and_patches(tokens, kept)[:, 1:]
-        return student.decoder(Tokens(class_token, visible), kept, hidden)
+        return Tokens(class_token, class_and_patches(tokens, kept)[:, 1:])
 
-    def step() -> float:
+    def encode() -> None:
+        torch.cat(visible(), dim=1).square().mean().backward()
+        optimizer.zero_grad(set_to_none=True)
+
+    def step() -> None:
         targets = standardize(class_and_patches(teacher(images), hidden))
-        loss = smooth_l1(predictions(), targets)
-        loss.backward()
+        smooth_l1(student.decoder(visible(), kept, hidden), targets).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 3.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()  # waits for the device
 
-    return step
+    return encode, step
 
 
 def main() -> None:
@@ -79,27 +79,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="ViT of width 128 on 32 px instead of ViT-B/16")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     name = "vit_micro/4" if arguments.tiny else "vit_base/16"
-    steps = {
-        side: step_of(CASES[name], drop, torch.device(arguments.device))
-        for side, drop in {"dropping": True, "seeing all": False}.items()
-    }
-    times: dict[str, list[float]] = {side: [] for side in steps}
-    for number in range(arguments.steps + 1):
-        for side, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if number:
-                times[side].append(time.perf_counter() - start)
-    print(f"dBOT step, {name}, batch {CASES[name]['batch']}, {arguments.device}, n = {arguments.steps}")
-    print(f"{'':12}{'median s':>10}{'min':>8}{'max':>8}")
-    for side, seconds in times.items():
-        print(f"{side:12}{statistics.median(seconds):10.3f}{min(seconds):8.3f}{max(seconds):8.3f}")
-    ratio = statistics.median(b / a for a, b in zip(times["dropping"], times["seeing all"], strict=True))
-    print(f"dropping 75 % of the patches is {ratio:.2f}x as fast")
+    dropping, seeing_all = (work_of(CASES[name], drop) for drop in (True, False))
+    print(f"dBOT, {name}, batch {CASES[name]['batch']}, n = {arguments.steps}")
+    print(f"{'':22}{'median s':>10}{'min':>10}{'max':>10}")
+    for part, fast, slow in zip(("encoder", "step"), dropping, seeing_all, strict=True):
+        times = paired_times({"dropping": fast, "seeing all": slow}, arguments.steps)
+        for side, seconds in times.items():
+            print(f"{part:9}{side:13}{spread(seconds)}")
+        print(f"dropping 75 % of the patches: {part} {ratio(*reversed(times.values())):.2f}x as fast")
 
 
 if __name__ == "__main__":

@@ -3,18 +3,16 @@
 Run: python tools/bench/step.py [--tiny] [--steps 20]        needs: pip install lightly
 Protocol: fixed random crops; teacher and student forward, loss, center, backward, gradient clipping, AdamW, EMA.
 Times: one process, sides alternate, medians over the steps, first step of each side left out.
-Memory: peak resident size of a process that runs one side only, minus its size before the first step.
+Both heads have their libraries' default widths: hidden 2,048, bottleneck 256.
+Memory: peak resident size of a process that runs one side only, minus its size before the first step (Linux only).
 """
 
 import argparse
 import copy
-import multiprocessing
-import resource
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from measure import added_peak_mib, paired_times, ratio, spread
 from torch import Tensor
 
 from ssl_distill.backbones.create import create_backbone, embed_dim_of
@@ -32,7 +30,6 @@ CASES = {
         "batch": 32,
         "crops": [(2, 32), (6, 16)],
         "K": 65536,
-        "hidden": 2048,
     },
     "tiny": {
         "vit": {},
@@ -40,7 +37,6 @@ CASES = {
         "batch": 64,
         "crops": [(2, 32), (2, 16)],
         "K": 1024,
-        "hidden": 512,
     },
 }
 
@@ -59,7 +55,7 @@ def our_step(case: dict) -> Callable[[], float]:
     """A step built from this package's parts."""
     torch.manual_seed(0)
     backbone = backbone_of(case)
-    student = Network(backbone, PrototypeHead(embed_dim_of(backbone), case["K"], hidden_dim=case["hidden"]))
+    student = Network(backbone, PrototypeHead(embed_dim_of(backbone), case["K"]))
     teacher = copy.deepcopy(student).requires_grad_(False)
     center, optimizer = Center(case["K"]), adamw(decay_groups(student))
     for group in optimizer.param_groups:
@@ -92,8 +88,7 @@ def lightly_step(case: dict) -> Callable[[], float]:
     torch.manual_seed(0)
     backbone = backbone_of(case)
     head, teacher_head = (  # its weight norm cannot be copied
-        DINOProjectionHead(embed_dim_of(backbone), case["hidden"], 256, case["K"], freeze_last_layer=0)
-        for _ in range(2)
+        DINOProjectionHead(embed_dim_of(backbone), 2048, 256, case["K"], freeze_last_layer=0) for _ in range(2)
     )
     teacher_head.load_state_dict(head.state_dict())
     teacher_backbone = copy.deepcopy(backbone)
@@ -123,14 +118,10 @@ def lightly_step(case: dict) -> Callable[[], float]:
 SIDES = {"ours": our_step, "lightly": lightly_step}
 
 
-def peak_memory(side: str, case: dict, answer: "multiprocessing.connection.Connection") -> None:
-    """MiB that three steps of one side add to the peak."""
-    torch.set_num_threads(1)
+def three_steps(side: str, case: dict) -> Callable[[], object]:
+    """What memory is measured of: the second step meets the optimiser's state."""
     step = SIDES[side](case)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(3):
-        step()
-    answer.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    return lambda: [step() for _ in range(3)]
 
 
 def main() -> None:
@@ -145,32 +136,17 @@ def main() -> None:
     name = "tiny" if arguments.tiny else "vit_tiny/4"
     case = CASES[name]
 
-    memory = {}
-    for side in SIDES:
-        receiver, sender = multiprocessing.Pipe(duplex=False)
-        process = multiprocessing.get_context("spawn").Process(target=peak_memory, args=(side, case, sender))
-        process.start()
-        memory[side] = receiver.recv()
-        process.join()
-
+    memory = {side: added_peak_mib(three_steps, side, case) for side in SIDES}
     steps = {side: make(case) for side, make in SIDES.items()}
-    times: dict[str, list[float]] = {side: [] for side in SIDES}
     first_loss = {side: step() for side, step in steps.items()}
-    for _ in range(arguments.steps):
-        for side, step in steps.items():
-            start = time.process_time()
-            step()
-            times[side].append(time.process_time() - start)
+    times = paired_times(steps, arguments.steps)
 
     print(f"DINO step, {name}, batch {case['batch']}, crops {case['crops']}, K {case['K']}, n = {arguments.steps}")
-    print(f"{'':10}{'median s':>10}{'min':>8}{'max':>8}{'peak MiB':>10}{'first loss':>12}")
+    print(f"{'':10}{'median s':>10}{'min':>10}{'max':>10}{'peak MiB':>10}{'first loss':>12}")
     for side, seconds in times.items():
-        print(
-            f"{side:10}{statistics.median(seconds):10.3f}{min(seconds):8.3f}{max(seconds):8.3f}"
-            f"{memory[side]:10.0f}{first_loss[side]:12.4f}"
-        )
-    ratio = statistics.median(b / a for a, b in zip(times["ours"], times["lightly"], strict=True))
-    print(f"ours is {ratio:.2f}x as fast, with {memory['ours'] / memory['lightly']:.2f}x the peak memory")
+        print(f"{side:10}{spread(seconds)}{memory[side]:10.0f}{first_loss[side]:12.4f}")
+    faster = ratio(times["lightly"], times["ours"])
+    print(f"ours is {faster:.2f}x as fast, with {memory['ours'] / memory['lightly']:.2f}x the peak memory")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
 """Time of a UDI teacher with one pass for the points of all crops, against one pass for global and one for local ones.
 
-Run: python tools/bench/udi.py [--tiny] [--steps 10] [--device cuda]
+Run: python tools/bench/udi.py [--tiny] [--steps 10]
 Protocol: fixed random crops and positions; a whole step (teacher and student forward, losses, backward, AdamW). The
-naive teacher runs its backbone twice, once per kind of points, as the official code does. One process, sides alternate,
-medians over the steps, first step of each side left out.
+naive teacher runs its backbone twice, once per kind of points, as the official code does. CPU time, one process, sides
+alternate, medians over the steps, first turn of each side left out.
 """
 
 import argparse
 import copy
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from measure import paired_times, ratio, spread
 from torch import Tensor
 
 from ssl_distill.augment.aligned_crop import AlignedCropAugment
@@ -63,20 +62,20 @@ def in_two_passes(teacher: UnsqueezedNetwork, views: AlignedCrops) -> TeacherLev
 
 
 def step_of(
-    case: dict[str, Any], teach: Callable[[UnsqueezedNetwork, AlignedCrops], TeacherLevels], device: torch.device
+    case: dict[str, Any], teach: Callable[[UnsqueezedNetwork, AlignedCrops], TeacherLevels]
 ) -> Callable[[], float]:
     """One step on random crops."""
     torch.manual_seed(0)
     backbone: Any = create_backbone(case["name"], num_class_tokens=2)
     width = embed_dim_of(backbone)
     srs = SampledAttention(width, backbone.blocks[0].attn.num_heads)
-    student = UnsqueezedNetwork(backbone, srs, TokenHead(width, case["K"], hidden_dim=case["hidden"])).to(device)
+    student = UnsqueezedNetwork(backbone, srs, TokenHead(width, case["K"], hidden_dim=case["hidden"]))
     teacher = copy.deepcopy(student).requires_grad_(False)
-    consolidation = Consolidation(case["K"]).to(device)
+    consolidation = Consolidation(case["K"])
     optimizer = adamw(decay_groups(student))
-    index = torch.arange(case["batch"], device=device)
-    image = torch.randint(256, (case["batch"], 3, 256, 256), dtype=torch.uint8, device=device)
-    batch = ImageBatch(image, torch.full((case["batch"], 2), 256.0, device=device), index)
+    index = torch.arange(case["batch"])
+    image = torch.randint(256, (case["batch"], 3, 256, 256), dtype=torch.uint8)
+    batch = ImageBatch(image, torch.full((case["batch"], 2), 256.0), index)
     views = AlignedCropAugment(**case["crops"])(batch, Draws(0, 0))
     there = inside_any(views.own)
 
@@ -92,7 +91,7 @@ def step_of(
         consolidation.update()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()  # waits for the device
+        return loss.item()
 
     return step
 
@@ -102,25 +101,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny ViT on 32 px, K 1,024 instead of ViT-S/16, K 65,536")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     name = "vit_nano/8" if arguments.tiny else "vit_small/16"
     sides = {"one pass": in_one_pass, "two passes": in_two_passes}
-    steps = {side: step_of(CASES[name], teach, torch.device(arguments.device)) for side, teach in sides.items()}
-    times: dict[str, list[float]] = {side: [] for side in steps}
+    steps = {side: step_of(CASES[name], teach) for side, teach in sides.items()}
     losses = {side: step() for side, step in steps.items()}
-    for _ in range(arguments.steps):
-        for side, step in steps.items():
-            start = time.perf_counter()
-            step()
-            times[side].append(time.perf_counter() - start)
-    print(f"UDI step, {name}, batch {CASES[name]['batch']}, {arguments.device}, n = {arguments.steps}")
-    print(f"{'':12}{'median s':>10}{'min':>8}{'max':>8}{'first loss':>12}")
+    times = paired_times(steps, arguments.steps)
+    print(f"UDI step, {name}, batch {CASES[name]['batch']}, n = {arguments.steps}")
+    print(f"{'':12}{'median s':>10}{'min':>10}{'max':>10}{'first loss':>12}")
     for side, seconds in times.items():
-        print(f"{side:12}{statistics.median(seconds):10.3f}{min(seconds):8.3f}{max(seconds):8.3f}{losses[side]:12.5f}")
-    ratio = statistics.median(b / a for a, b in zip(times["one pass"], times["two passes"], strict=True))
-    print(f"one pass is {ratio:.2f}x as fast")
+        print(f"{side:12}{spread(seconds)}{losses[side]:12.5f}")
+    print(f"one pass is {ratio(times['two passes'], times['one pass']):.2f}x as fast")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,29 @@
+"""Views that come again."""
+
+from typing import Any
+
+from torch import nn
+
+from ssl_distill.draws import Draws
+
+
+class RepeatedViews(nn.Module):
+    """The views of the first few epochs, again and again, so that what was computed of them can be kept.
+
+    Args:
+        augment: Makes the views.
+        num_epochs: Epochs until they come again.
+    """
+
+    def __init__(self, augment: nn.Module, num_epochs: int = 1) -> None:
+        super().__init__()
+        if num_epochs < 1:
+            raise ValueError(f"`num_epochs` must be at least 1, got {num_epochs}.")
+        self.augment: Any = augment
+        self.num_epochs = num_epochs
+        self.global_size = self.augment.global_size
+        self.mean, self.std = self.augment.mean, self.augment.std
+
+    def forward(self, batch: Any, draws: Draws) -> Any:
+        """Views as in the epoch that is repeated."""
+        return self.augment(batch, draws._replace(epoch=draws.epoch % self.num_epochs))

@@ -1,0 +1,51 @@
+"""Files that `ssl-distill doctor` found unfit, which loaders leave out."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ssl_distill.callbacks.atomic import replacing
+
+_HEADING = "# Files that loaders leave out: path, tab, reason. Written by `ssl-distill doctor`, which replaces it.\n"
+
+
+def quarantine_files(root: Path) -> list[Path]:
+    """Where the list of a folder, or of a list of files, may be: beside the data, else in the user's cache."""
+    beside = root / "quarantine.txt" if root.is_dir() else root.with_suffix(".quarantine.txt")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    return [beside, cache / "ssl_distill" / "quarantine" / f"{name}.txt"]
+
+
+def read_quarantine(root: Path) -> tuple[dict[str, str], Path | None]:
+    """Reasons by path inside `root`, and the file that says so; none where there is no list."""
+    for path in quarantine_files(root):
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+            rows = [line.partition("\t") for line in lines if line and not line.startswith("#")]
+            return {name: reason for name, _, reason in rows}, path
+    return {}, None
+
+
+def write_quarantine(root: Path, reasons: Mapping[str, str]) -> Path | None:
+    """Replace the list; into the cache if `root` is read-only. Without reasons an old list is removed.
+
+    Returns:
+        The file, or None if there is nothing to leave out.
+    """
+    files = quarantine_files(root)
+    if not reasons:
+        for path in files:
+            path.unlink(missing_ok=True)
+        return None
+    text = _HEADING + "".join(f"{name}\t{reason}\n" for name, reason in sorted(reasons.items()))
+    for path in files:
+        try:
+            with replacing(path) as temporary:
+                temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+            return path
+        except OSError:
+            if path == files[-1]:
+                raise
+    raise AssertionError("there are two places")

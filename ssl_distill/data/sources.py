@@ -1,0 +1,224 @@
+"""Where images lie: in files, in tar shards, in LitData's shards. Each is read by position, in any order."""
+
+import csv
+import hashlib
+import importlib
+import json
+import os
+import tarfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ssl_distill.callbacks.atomic import replacing
+from ssl_distill.data.images import SUFFIXES
+
+TABLE = "images.csv"  # beside LitData's shards: path and label of every item, which the shards tell only one by one
+
+
+class FoundImage(NamedTuple):
+    """One image of a source.
+
+    Attributes:
+        position: In its source.
+        label: Name of its class, if it has one.
+        inner_path: Its path inside the root.
+    """
+
+    position: int
+    label: str | None
+    inner_path: str
+
+
+class ImageSource(ABC):
+    """Encoded images by position. Copies of it in loader processes open what they read themselves."""
+
+    @abstractmethod
+    def read(self, position: int) -> bytes:
+        """The bytes of one image file.
+
+        Raises:
+            OSError: If they cannot be read.
+        """
+
+    @abstractmethod
+    def where(self, position: int) -> str:
+        """The place, for messages."""
+
+
+class FileSource(ImageSource):
+    """Files of their own."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.paths = paths
+
+    def read(self, position: int) -> bytes:
+        """The file's bytes."""
+        return Path(self.paths[position]).read_bytes()
+
+    def where(self, position: int) -> str:
+        """The file."""
+        return self.paths[position]
+
+
+class TarMember(NamedTuple):
+    """An image inside a tar.
+
+    Attributes:
+        shard: Number of the tar.
+        offset: Where its bytes begin.
+        num_bytes: How many there are.
+    """
+
+    shard: int
+    offset: int
+    num_bytes: int
+
+
+class TarSource(ImageSource):
+    """Images in uncompressed tars, as WebDataset has them.
+
+    A tar is read through once; where its images lie is remembered in the user's cache, so that a start costs nothing.
+    """
+
+    def __init__(self, shards: Sequence[Path], names: Sequence[str], members: Sequence[TarMember]) -> None:
+        self.shards = shards
+        self.names = names
+        self.members = members
+        self._opened: dict[tuple[int, int], int] = {}  # by process and shard: positions in a file are not shared
+
+    def read(self, position: int) -> bytes:
+        """The member's bytes."""
+        member = self.members[position]
+        key = (os.getpid(), member.shard)
+        if key not in self._opened:
+            self._opened[key] = os.open(self.shards[member.shard], os.O_RDONLY)
+        return os.pread(self._opened[key], member.num_bytes, member.offset)
+
+    def where(self, position: int) -> str:
+        """Tar and member."""
+        return f"{self.shards[self.members[position].shard]}:{self.names[position]}"
+
+
+class LitDataSource(ImageSource):
+    """Shards that `ssl-distill data optimize` made: the format of Lightning's LitData, whose items are dicts."""
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        self.root = root
+        self.names = names
+        self._dataset: tuple[int, Any] = (-1, None)  # process and reader: its open files and threads are not shared
+
+    def read(self, position: int) -> bytes:
+        """Field `image` of an item."""
+        process, dataset = self._dataset
+        if process != os.getpid():
+            dataset = open_litdata(self.root)
+            self._dataset = (os.getpid(), dataset)
+        return bytes(dataset[position]["image"])
+
+    def where(self, position: int) -> str:
+        """Folder and item."""
+        return f"{self.root}:{self.names[position]}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_dataset": (-1, None)}
+
+
+def open_litdata(root: Path) -> Any:
+    """LitData's reader of a folder of shards."""
+    # Its windows are for reading in order: of 256 decoded items, a random order would use one.
+    return import_litdata("litdata").StreamingDataset(str(root), shuffle=False, batch_decode=0)
+
+
+def import_litdata(module: str) -> Any:
+    """A module of LitData.
+
+    Raises:
+        ValueError: If LitData is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError("shards need LitData; run `pip install 'ssl-distill[stream]'`.") from error
+
+
+def shards_in(root: Path) -> list[Path]:
+    """The tars that a path means: itself, or those directly in it; none if it means something else."""
+    if root.is_file():
+        return [root] if root.suffix.lower() == ".tar" else []
+    return sorted(root.glob("*.tar"))
+
+
+def is_litdata(root: Path) -> bool:
+    """Whether a folder holds shards of LitData."""
+    return (root / "index.json").is_file()
+
+
+def open_tars(shards: Sequence[Path]) -> tuple[TarSource, list[FoundImage]]:
+    """All images in tars. The label is what `KEY.cls` beside `KEY.jpg` says, or else the folder inside the tar.
+
+    Raises:
+        ValueError: If a tar is damaged or compressed.
+    """
+    names: list[str] = []
+    members: list[TarMember] = []
+    found: list[FoundImage] = []
+    for number, shard in enumerate(shards):
+        for name, label, offset, num_bytes in _tar_index(shard):
+            found.append(FoundImage(len(found), label, f"{shard.name}/{name}"))
+            names.append(name)
+            members.append(TarMember(number, offset, num_bytes))
+    return TarSource(shards, names, members), found
+
+
+def open_shards(root: Path) -> tuple[LitDataSource, list[FoundImage]]:
+    """All images of a folder of LitData's shards.
+
+    Raises:
+        ValueError: If other tools made them, or they are not complete.
+    """
+    if not (root / TABLE).is_file():
+        raise ValueError(f"{root} holds shards without {TABLE}; make them with `ssl-distill data optimize`.")
+    with (root / TABLE).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = [(row["path"], row["label"]) for row in csv.DictReader(file)]
+    count = sum(chunk["chunk_size"] for chunk in json.loads((root / "index.json").read_text())["chunks"])
+    if count != len(rows):
+        raise ValueError(f"{root} holds {count} items, its {TABLE} {len(rows)}; make the shards again.")
+    found = [FoundImage(position, label or None, path) for position, (path, label) in enumerate(rows)]
+    return LitDataSource(root, [path for path, _ in rows]), found
+
+
+def _tar_index(shard: Path) -> list[tuple[str, str | None, int, int]]:
+    """Name, label, offset and size of every image in a tar; from the user's cache if the tar is as it was."""
+    status = shard.stat()
+    key = f"{shard.resolve()} {status.st_size} {status.st_mtime_ns}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssl_distill" / "tar"
+    file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    if file.is_file():
+        return [tuple(row) for row in json.loads(file.read_text(encoding="utf-8"))]
+    try:
+        rows = list(_tar_rows(shard))
+    except tarfile.TarError as error:
+        raise ValueError(f"{shard} is no uncompressed tar, or is cut off ({error}).") from error
+    try:
+        with replacing(file) as temporary:
+            temporary.write_text(json.dumps(rows), encoding="utf-8")
+    except OSError:
+        pass  # a cache that cannot be written costs time at the next start, no more
+    return rows
+
+
+def _tar_rows(shard: Path) -> Iterator[tuple[str, str | None, int, int]]:
+    classes: dict[str, str] = {}
+    images: list[tuple[str, int, int]] = []
+    with tarfile.open(shard, "r:") as tar:
+        for member in tar:
+            key, _, suffix = member.name.partition(".")
+            if member.isfile() and suffix.lower() == "cls" and (content := tar.extractfile(member)):
+                classes[key] = content.read().decode().strip()
+            elif member.isfile() and member.name.lower().endswith(SUFFIXES):
+                images.append((member.name, member.offset_data, member.size))
+    for name, offset, num_bytes in images:
+        folder = name.rpartition("/")[0].removeprefix("./").partition("/")[0]
+        yield name, classes.get(name.partition(".")[0], folder or None), offset, num_bytes

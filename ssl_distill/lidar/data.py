@@ -1,0 +1,327 @@
+"""What all lidar data modules share: training samples, exact resume, whole scans for evaluation."""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ssl_distill.data.resume import resume_position
+from ssl_distill.data.sampler import EpochSampler
+from ssl_distill.distributed import rank, world_size
+from ssl_distill.draws import Draws, run_seed
+from ssl_distill.lidar.frames import Frames, LidarCameraFrame
+from ssl_distill.lidar.preparation import Preparation
+from ssl_distill.lidar.samples import PairedSamples, Samples, evaluation_scan, join_scans, sample_draws
+
+log = logging.getLogger(__name__)
+
+
+class LidarParts(NamedTuple):
+    """What is trained on, and what it is evaluated with.
+
+    Attributes:
+        train: Any frames.
+        bank: Labelled frames that a probe learns from; None where there are no labels.
+        queries: Labelled frames that it predicts; None where there are no labels.
+    """
+
+    train: Frames
+    bank: Frames | None
+    queries: Frames | None
+
+
+class Some:
+    """Frames at some positions of others."""
+
+    def __init__(self, frames: Frames, positions: Sequence[int]) -> None:
+        self.frames = frames
+        self.positions = positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, position: int) -> LidarCameraFrame:
+        return self.frames[self.positions[position]]
+
+
+def spread(frames: Frames, count: int) -> Frames:
+    """At most `count` frames, at equal distances: neighbours in time are alike."""
+    if len(frames) <= count:
+        return frames
+    return Some(frames, [i * len(frames) // count for i in range(count)])
+
+
+class TrainingSet:
+    """Samples by number of epoch and frame: item `epoch * len(frames) + position`.
+
+    A frame that shows nothing to its cameras is replaced by the next, named and counted.
+
+    Args:
+        frames: What is trained on.
+        samples: How a frame becomes a sample.
+        preparation: Sizes.
+        seed: With epoch and position it decides every random number.
+    """
+
+    def __init__(self, frames: Frames, samples: Samples, preparation: Preparation, seed: int) -> None:
+        self.frames = frames
+        self.samples = samples
+        self.preparation = preparation
+        self.seed = seed
+        self.num_replaced = torch.zeros(1, dtype=torch.long).share_memory_()  # one for all loader processes
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, item: int) -> Any:
+        """A batch of one."""
+        epoch, asked_for = divmod(item, len(self.frames))
+        for position in (*range(asked_for, len(self.frames)), *range(asked_for)):
+            frame = self.frames[position]
+            draws = sample_draws(Draws(self.seed, epoch), position)
+            sample = self.samples.sample(frame, position, draws, self.preparation)
+            if sample is not None:
+                return sample
+            self.num_replaced += 1
+            log.warning(
+                "frame %s has nothing to train on and is replaced by the next (%d so far)",
+                frame.frame_id,
+                int(self.num_replaced),
+            )
+        raise ValueError(
+            f"none of {len(self.frames)} frames has points to train on; are there pictures with calibration, and is the"
+            f" field of view {self.preparation.fov_min} to {self.preparation.fov_max} in metres around the lidar?"
+        )
+
+    def __getitems__(self, items: Sequence[int]) -> Any:
+        return self.samples.join([self[item] for item in items])
+
+
+class EvaluationSet:
+    """Whole scans by position, and batches of them."""
+
+    def __init__(self, frames: Frames, preparation: Preparation) -> None:
+        self.frames = frames
+        self.preparation = preparation
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, position: int) -> Any:
+        """A batch of one."""
+        return evaluation_scan(self.frames[position], position, self.preparation)
+
+    def __getitems__(self, positions: Sequence[int]) -> Any:
+        return join_scans([self[position] for position in positions])
+
+
+class EpochItems(EpochSampler):
+    """An `EpochSampler` whose items tell the epoch too: loader processes that outlive it would not know."""
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.epoch * self.num_images
+        return (start + position for position in super().__iter__())
+
+
+class LidarData(LightningDataModule, ABC):
+    """Training samples from lidar frames, and labelled whole scans for evaluation.
+
+    Training order and every random number are functions of (seed, epoch), for any number of workers, and a restored run
+    continues them. `val_dataloader` gives bank and queries to a method, queries to a probe, nothing without labels.
+
+    Args:
+        samples: How a frame becomes a training sample; None is `PairedSamples()`, what ScaLR eats. `LabelledSamples`
+            is for probes and fine-tuning.
+        preparation: Field of view, grids and sizes; None is `Preparation()`. The grids are the network's own.
+        batch_size: Training clouds per rank.
+        num_workers: Loader processes.
+        eval_batch_size: Scans per evaluation batch and rank.
+        bank_size: Most scans that a method's probe learns from.
+        query_size: Most scans that are predicted.
+        seed: Of everything random; None is the run's.
+
+    Attributes:
+        class_names: In the order of labels.
+    """
+
+    class_names: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        samples: Samples | None,
+        preparation: Preparation | None,
+        batch_size: int,
+        num_workers: int,
+        eval_batch_size: int,
+        bank_size: int,
+        query_size: int,
+        seed: int | None,
+    ) -> None:
+        super().__init__()
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        for name, value in {**sizes, "bank_size": bank_size, "query_size": query_size}.items():
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if num_workers < 0:
+            raise ValueError(f"`num_workers` must be at least 0, got {num_workers}.")
+        self.samples = samples or PairedSamples()
+        self.preparation = preparation or Preparation()
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.eval_batch_size = eval_batch_size
+        self.bank_size = bank_size
+        self.query_size = query_size
+        self._seed = seed
+        self._parts: LidarParts | None = None
+
+    @property
+    def seed(self) -> int:
+        """What everything random about the data follows from."""
+        return run_seed() if self._seed is None else self._seed
+
+    @property
+    def num_classes(self) -> int | None:
+        """None without labels."""
+        return len(self.class_names) or None
+
+    @abstractmethod
+    def load(self) -> LidarParts:
+        """Find the frames, and divide them."""
+
+    @property
+    def parts(self) -> LidarParts:
+        """Training, bank and query frames; found when first asked for."""
+        if self._parts is None:
+            train, bank, queries = self.load()
+            self._parts = LidarParts(
+                train,
+                None if bank is None else spread(bank, self.bank_size),
+                None if queries is None else spread(queries, self.query_size),
+            )
+        return self._parts
+
+    def setup(self, stage: str) -> None:
+        """Find the frames, and refuse a batch that is larger than the data set before anything is computed."""
+        if stage == "fit":
+            self._sampler(self.training_set())
+        else:
+            self.parts  # noqa: B018
+
+    def training_set(self) -> TrainingSet:
+        """All training samples of all epochs."""
+        return TrainingSet(self.parts.train, self.samples, self.preparation, self.seed)
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled samples; of a restored run, those that were not trained on yet."""
+        dataset = self.training_set()
+        sampler = self._sampler(dataset)
+        if self.trainer is not None:
+            sampler.resume_at(*resume_position(self.trainer, sampler.num_batches))
+        return self._loader(dataset, self.batch_size, sampler)
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """Whole scans: bank, queries."""
+        parts = [self.parts.bank if self.samples.needs_bank else None, self.parts.queries]
+        loaders = []
+        for frames in parts:
+            if frames is not None:
+                dataset = EvaluationSet(frames, self.preparation)
+                sampler = UnrepeatedDistributedSampler(dataset, world_size(), rank(), shuffle=False)
+                loaders.append(self._loader(dataset, self.eval_batch_size, sampler))
+        return loaders
+
+    def calibration_batches(self, count: int) -> Iterator[Any]:
+        """Training batches of an epoch that no run has, to see an untrained network's batch statistics with."""
+        dataset = self.training_set()
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        for batch in range(count):
+            items = [(batch * self.batch_size + i) % len(order) for i in range(self.batch_size)]
+            yield dataset.__getitems__([len(dataset) * 2**20 + order[item] for item in items])
+
+    def sample_images(self, count: int) -> list[Tensor]:
+        """Pictures of training samples spread over the data set, (1, 3, H, W) each, for a teacher to be fitted to."""
+        dataset = self.training_set()
+        count = min(count, len(dataset))
+        return [dataset[i * len(dataset) // count].images for i in range(count)]
+
+    def _sampler(self, dataset: TrainingSet) -> EpochItems:
+        return EpochItems(dataset, self.batch_size, self.seed, world_size(), rank())
+
+    def _loader(self, dataset: TrainingSet | EvaluationSet, batch_size: int, sampler: Any) -> DataLoader:
+        return DataLoader(
+            dataset,  # type: ignore[arg-type]
+            batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=_as_is,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class _Joined:
+    """The frames of several data sets, one after the other."""
+
+    def __init__(self, parts: Sequence[Frames]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def __getitem__(self, position: int) -> LidarCameraFrame:
+        for part in self.parts:
+            if position < len(part):
+                return part[position]
+            position -= len(part)
+        raise IndexError(position)
+
+
+class MixedLidarData(LidarData):
+    """Several data sets trained on together, their frames shuffled among each other without weights.
+
+    Each keeps its own sensor's rules. Evaluation is on the first: classes differ between data sets.
+
+    Args:
+        members: The data sets; of each only the frames are taken.
+        samples: As in `LidarData`.
+        preparation: As in `LidarData`.
+        batch_size: Training clouds per rank.
+        num_workers: Loader processes.
+        eval_batch_size: Scans per evaluation batch and rank.
+        bank_size: Most scans that a method's probe learns from.
+        query_size: Most scans that are predicted.
+        seed: Of everything random; None is the run's.
+    """
+
+    def __init__(
+        self,
+        members: list[LidarData],
+        samples: Samples | None = None,
+        preparation: Preparation | None = None,
+        batch_size: int = 8,
+        num_workers: int = 4,
+        eval_batch_size: int = 4,
+        bank_size: int = 200,
+        query_size: int = 10_000,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(samples, preparation, batch_size, num_workers, eval_batch_size, bank_size, query_size, seed)
+        if not members:
+            raise ValueError("`members` must be one or more data sets, got none.")
+        self.members = members
+
+    def load(self) -> LidarParts:
+        """The training frames of all, evaluation frames of the first."""
+        loaded = [member.load() for member in self.members]
+        self.class_names = self.members[0].class_names
+        return LidarParts(_Joined([parts.train for parts in loaded]), loaded[0].bank, loaded[0].queries)

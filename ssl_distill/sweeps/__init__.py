@@ -1,0 +1,1 @@
+"""Searches for hyper-parameters from wandb's sweep files, without a server."""
