@@ -34,7 +34,6 @@ def optimize(root: Path, output: Path, images_per_shard: int = 1000, num_workers
     Raises:
         ValueError: If `output` holds something else, or shards of other images.
     """
-    import_litdata("litdata")
     source, found = find_images("DIR", root, "auto")
     plan = _plan_of(root, found, images_per_shard)
     if (output / "index.json").exists():
@@ -42,6 +41,7 @@ def optimize(root: Path, output: Path, images_per_shard: int = 1000, num_workers
     under_way = output / _UNDER_WAY
     if output.exists() and any(output.iterdir()) and not under_way.exists():
         raise ValueError(f"`OUT` must be a new or empty folder, {output} holds other files.")
+    import_litdata("litdata")  # asked for once everything else is right, and before anything is written
     under_way.mkdir(parents=True, exist_ok=True)
     plan_file = under_way / "plan.txt"
     if plan_file.exists() and plan_file.read_text() != plan:
