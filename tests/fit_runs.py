@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -72,6 +73,7 @@ class Fit:
         folder = self.root / f"{name}_{seed}"
         cost = folder / "cpu_seconds.json"
         if not cost.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: ours would go elsewhere
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             command = ["ssl-distill", "fit", "-c", f"configs/{config}", "--seed_everything", str(seed)]
             command += ["--trainer.default_root_dir", str(folder), *arguments]
