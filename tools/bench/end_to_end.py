@@ -1,6 +1,6 @@
 """Images per second of `ssl-distill fit` on a folder of JPEGs, against lightly's DINO example on the same files.
 
-Run: python tools/bench/end_to_end.py [--images 5000] [--workers 2] [--rounds 2]    needs: pip install lightly scikit-learn
+Run: python tools/bench/end_to_end.py [--images 5000] [--workers 2] [--rounds 2]   (pip install lightly scikit-learn)
 Protocol: JPEGs of 500 x 375 cut from scikit-learn's photographs; tiny ViT, 2 crops of 32 px and 2 of 16 px with the
 whole colour chain, K 1,024, batch 64, equal workers. Ours is the real command, without evaluation; the other side is
 lightly's transform, loss and head in the plain loop of its example.
