@@ -1,7 +1,7 @@
 """What all image data modules share: loaders, exact resume, evaluation subsets."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,15 @@ class BatchSet:
 
     def __getitems__(self, items: Sequence[int]) -> Any:
         return self.read([self.positions[item] for item in items])
+
+
+def check_sizes(num_workers: int, sizes: Mapping[str, int]) -> None:
+    """Refuse a negative number of loader processes, and sizes below 1."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if num_workers < 0:
+        raise ValueError(f"`num_workers` must be at least 0, got {num_workers}.")
 
 
 class ImageParts(NamedTuple):
@@ -89,11 +98,7 @@ class ImageData(LightningDataModule, ABC):
         super().__init__()
         sizes = {"batch_size": batch_size, "decode_size": decode_size, "eval_size": eval_size}
         sizes |= {"eval_batch_size": eval_batch_size, "bank_size": bank_size, "query_size": query_size}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if num_workers < 0:
-            raise ValueError(f"`num_workers` must be at least 0, got {num_workers}.")
+        check_sizes(num_workers, sizes)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.decode_size = decode_size

@@ -11,6 +11,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ssl_distill.data.module import check_sizes
 from ssl_distill.data.resume import resume_position
 from ssl_distill.data.sampler import EpochSampler
 from ssl_distill.distributed import rank, world_size
@@ -165,11 +166,7 @@ class LidarData(LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
-        for name, value in {**sizes, "bank_size": bank_size, "query_size": query_size}.items():
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if num_workers < 0:
-            raise ValueError(f"`num_workers` must be at least 0, got {num_workers}.")
+        check_sizes(num_workers, {**sizes, "bank_size": bank_size, "query_size": query_size})
         self.samples = samples or PairedSamples()
         self.preparation = preparation or Preparation()
         self.batch_size = batch_size
