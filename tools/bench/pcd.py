@@ -7,14 +7,12 @@ Memory: peak resident size of a process that runs one side only, minus its size 
 """
 
 import argparse
-import multiprocessing
-import resource
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from measure import added_peak_mib, paired_times, ratio, spread
 from torch import Tensor
 
 from ssl_distill.losses.pixel_contrast import pixel_contrast
@@ -57,26 +55,10 @@ def once(side: str, students: Tensor, teachers: Tensor, negatives: Tensor) -> fl
     return loss.item()
 
 
-def peak_memory(side: str, num_maps: int, queue_size: int, answer: "multiprocessing.connection.Connection") -> None:
-    """MiB that one pass of one side adds to the peak."""
-    torch.set_num_threads(1)
-    tensors = inputs(num_maps, queue_size)
+def one_pass(side: str, num_maps: int, queue_size: int) -> Callable[[], object]:
+    """What memory is measured of."""
     once(side, *inputs(1, 64))  # libraries that are loaded at the first pass
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    once(side, *tensors)
-    answer.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-
-
-def memory_of(side: str, num_maps: int, queue_size: int) -> float:
-    """`peak_memory` in a process of its own."""
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("spawn").Process(
-        target=peak_memory, args=(side, num_maps, queue_size, sender)
-    )
-    process.start()
-    memory: float = receiver.recv()
-    process.join()
-    return memory
+    return partial(once, side, *inputs(num_maps, queue_size))
 
 
 def main() -> None:
@@ -87,28 +69,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    # Order matters: a child's peak begins at its parent's size, so memory comes before this process has grown.
-    memory = {(n, side): memory_of(side, n, arguments.queue) for n in arguments.maps for side in SIDES}
+    memory = {(n, side): added_peak_mib(one_pass, side, n, arguments.queue) for n in arguments.maps for side in SIDES}
     print(f"pixel contrast, {PIXELS} pixels per map, {CHANNELS} channels, {arguments.queue} negatives")
     print(
-        f"{'maps':>5} {'':8}{'median s':>10}{'min':>8}{'max':>8}{'peak MiB':>10}{'loss':>10}   n = {arguments.rounds}"
+        f"{'maps':>5} {'':8}{'median s':>10}{'min':>10}{'max':>10}{'peak MiB':>10}{'loss':>10}   n = {arguments.rounds}"
     )
     for num_maps in arguments.maps:
         tensors = inputs(num_maps, arguments.queue)
         losses = {side: once(side, *tensors) for side in SIDES}
-        times: dict[str, list[float]] = {side: [] for side in SIDES}
-        for _ in range(arguments.rounds):
-            for side in SIDES:
-                start = time.process_time()
-                once(side, *tensors)
-                times[side].append(time.process_time() - start)
+        times = paired_times({side: partial(once, side, *tensors) for side in SIDES}, arguments.rounds)
         for side, seconds in times.items():
-            print(
-                f"{num_maps:5} {side:8}{statistics.median(seconds):10.3f}{min(seconds):8.3f}{max(seconds):8.3f}"
-                f"{memory[num_maps, side]:10.0f}{losses[side]:10.4f}"
-            )
-        ratio = statistics.median(d / c for d, c in zip(times["dense"], times["chunked"], strict=True))
-        print(f"{num_maps:5} chunked is {ratio:.2f}x as fast")
+            print(f"{num_maps:5} {side:8}{spread(seconds)}{memory[num_maps, side]:10.0f}{losses[side]:10.4f}")
+        print(f"{num_maps:5} chunked is {ratio(times['dense'], times['chunked']):.2f}x as fast")
 
 
 if __name__ == "__main__":
