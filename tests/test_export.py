@@ -145,6 +145,8 @@ def test_better_encoder():
     assert better_encoder(names, {"val/teacher/rankme": 3, "val/student/rankme": 9}) == "teacher"
     assert better_encoder(names, {"val/teacher/linear_top1": 0.3, "val/student/linear_top1": 0.4}) == "student"
     assert better_encoder(names, {"val/student/knn_top1": 0.4}) == "teacher"  # the teacher's is not known
+    masked = {"val/teacher/knn_top1_masked": 0.3, "val/student/knn_top1_masked": 0.4}
+    assert better_encoder(names, masked) == "student"
 
 
 def test_errors(tmp_path):

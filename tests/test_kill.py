@@ -32,26 +32,33 @@ last_checkpoint: {every_n_train_steps: 1}
 """
 
 
-def command(folder, config, workers, *more):
-    return [
-        sys.executable, "-m", "ssl_distill.cli", "fit", "-c", str(config), "--trainer.default_root_dir", str(folder),
-        "--data.init_args.num_workers", str(workers), *more,
-    ]  # fmt: skip
+# Twice 12 batches of the recipes' own size, with a checkpoint after each.
+SHORT = ["--trainer.max_epochs", "2", "--trainer.limit_train_batches", "12", "--trainer.limit_val_batches", "0"]
+SHORT += ["--trainer.enable_progress_bar", "false", "--run_folder.picture_rows", "0"]
+SHORT += ["--last_checkpoint.every_n_train_steps", "1"]
+
+
+def fit(folder, *arguments):
+    """The command and how it is run."""
+    command = [sys.executable, "-m", "ssl_distill.cli", "fit", "--trainer.default_root_dir", str(folder), *arguments]
+    return command, {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stderr": subprocess.DEVNULL}
+
+
+def run(folder, *arguments):
+    command, options = fit(folder, *arguments)
+    subprocess.run(command, check=True, timeout=300, **options)
 
 
 def weights(folder):
     return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_killed_run_ends_bit_equal(workers, tmp_path):
-    config = tmp_path / "config.yaml"
-    config.write_text(CONFIG)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def assert_killed_run_ends_bit_equal(tmp_path, arguments):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    subprocess.run(command(whole, config, workers), check=True, env=environment, timeout=300, capture_output=True)
+    run(whole, *arguments)
 
-    process = subprocess.Popen(command(killed, config, workers), env=environment, stderr=subprocess.DEVNULL)
+    command, options = fit(killed, *arguments)
+    process = subprocess.Popen(command, **options)
     deadline = time.monotonic() + 200
     while not (killed / "last.ckpt").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -60,11 +67,43 @@ def test_killed_run_ends_bit_equal(workers, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     step = torch.load(killed / "last.ckpt", weights_only=True)["global_step"]
-    assert 0 < step < 80
+    last = torch.load(whole / "last.ckpt", weights_only=True)["global_step"]
+    assert 0 < step < last
 
-    resume = command(killed, config, workers, "--ckpt_path", "last")
-    subprocess.run(resume, check=True, env=environment, timeout=300, capture_output=True)
+    run(killed, *arguments, "--ckpt_path", "last")
     expected, resumed = weights(whole), weights(killed)
     different = [name for name, value in expected.items() if not torch.equal(value, resumed[name])]
-    assert not different, f"killed after step {step}: {different[:3]}"
+    assert not different, f"killed after step {step} of {last}: {different[:3]}"
     assert not list(tmp_path.glob("killed-*"))
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_killed_run_ends_bit_equal(workers, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(CONFIG)
+    assert_killed_run_ends_bit_equal(tmp_path, ["-c", str(config), "--data.init_args.num_workers", workers])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "dino/fashion_mnist_vit",
+        "random_teacher/fashion_mnist",
+        "ibot/fashion_collages",
+        "odis/fashion_collages",
+        "udi/fashion_mnist_vit",
+        "dbot/fashion_mnist",
+        "mokd/fashion_mnist",
+        "pcd/fashion_collages",
+        "scalr/synthstreet",
+    ],
+)
+def test_killed_recipe_ends_bit_equal(recipe, tmp_path):
+    """Every method, with two workers."""
+    given = ["-c", f"configs/{recipe}.yaml", "--data.init_args.num_workers", "2", *SHORT]
+    if recipe.startswith("pcd"):
+        teacher = tmp_path / "teacher"
+        run(teacher, "-c", "configs/dino/fashion_mnist.yaml", *SHORT)
+        given += ["--model.init_args.teacher", str(teacher / "last.ckpt")]
+    assert_killed_run_ends_bit_equal(tmp_path, given)

@@ -1,10 +1,10 @@
 """Files that `ssl-distill doctor` found unfit, which loaders leave out."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from ssl_distill.cache import cache_folder
 from ssl_distill.callbacks.atomic import replacing
 
 _HEADING = "# Files that loaders leave out: path, tab, reason. Written by `ssl-distill doctor`, which replaces it.\n"
@@ -13,9 +13,8 @@ _HEADING = "# Files that loaders leave out: path, tab, reason. Written by `ssl-d
 def quarantine_files(root: Path) -> list[Path]:
     """Where the list of a folder, or of a list of files, may be: beside the data, else in the user's cache."""
     beside = root / "quarantine.txt" if root.is_dir() else root.with_suffix(".quarantine.txt")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    return [beside, cache / "ssl_distill" / "quarantine" / f"{name}.txt"]
+    return [beside, cache_folder() / "quarantine" / f"{name}.txt"]
 
 
 def read_quarantine(root: Path) -> tuple[dict[str, str], Path | None]:

@@ -35,29 +35,8 @@ class PyramidFasterRCNN(FasterRCNN):
         super().__init__(pyramid, num_classes, **{**_fitting(pyramid, image_size, anchor_scale), **(settings or {})})
 
 
-class PyramidMaskRCNN(MaskRCNN):
-    """Mask R-CNN whose anchors and normalisation fit the backbone.
-
-    Args:
-        path_or_name: As in `PyramidFasterRCNN`, as are the others.
-        num_classes: Background included.
-        image_size: Shorter side in pixels.
-        anchor_scale: Side of a level's anchors in units of its reduction.
-        settings: Further arguments of torchvision's class, in the place of what follows from the backbone too.
-        **backbone: Further arguments of `backbone_with_fpn`.
-    """
-
-    def __init__(
-        self,
-        path_or_name: str,
-        num_classes: int,
-        image_size: int = 800,
-        anchor_scale: float = 8.0,
-        settings: dict[str, Any] | None = None,
-        **backbone: Any,
-    ) -> None:
-        pyramid = backbone_with_fpn(path_or_name, **backbone)
-        super().__init__(pyramid, num_classes, **{**_fitting(pyramid, image_size, anchor_scale), **(settings or {})})
+class PyramidMaskRCNN(PyramidFasterRCNN, MaskRCNN):
+    """Mask R-CNN whose anchors and normalisation fit the backbone; arguments are those of `PyramidFasterRCNN`."""
 
 
 def _fitting(pyramid: PyramidBackbone, image_size: int, anchor_scale: float) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from ssl_distill.lidar.cache import Arrays, cached
+from ssl_distill.cache import Arrays, cached
 from ssl_distill.lidar.files import NUSCENES_COLUMNS, label_table, read_labels, read_points
 from ssl_distill.lidar.frames import Camera, LidarCameraFrame, Sensor
 from ssl_distill.lidar.projection import inverse_pose, pose

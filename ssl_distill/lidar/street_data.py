@@ -4,7 +4,7 @@ from functools import partial
 
 import numpy as np
 
-from ssl_distill.lidar.cache import Arrays, cached
+from ssl_distill.cache import Arrays, cached
 from ssl_distill.lidar.data import LidarData, LidarParts
 from ssl_distill.lidar.frames import Camera, LidarCameraFrame
 from ssl_distill.lidar.preparation import Preparation

@@ -11,13 +11,13 @@ kornia does not antialias its crops; its jitter draws one order per batch.
 import argparse
 import importlib.util
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import kornia.augmentation as K
 import torch
 import torch.nn.functional as F
+from measure import paired_times, ratio
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
@@ -127,18 +127,6 @@ def views_of(case: Case, transform: Callable) -> list[Callable]:
 SIDES = {"ours": ours, "torchvision v2": torchvision_v2, "kornia": kornia_chain, "lightly": lightly_transform}
 
 
-def measure(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of every side in every round; one uncounted round first."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        for name, run in sides.items():
-            start = time.process_time()
-            run()
-            if number > 0:
-                times[name].append(time.process_time() - start)
-    return times
-
-
 def main() -> None:
     """Print one table per size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -152,7 +140,7 @@ def main() -> None:
     names = [name for name in SIDES if name != "lightly" or importlib.util.find_spec("lightly")]
 
     for case in CASES:
-        times = measure({name: SIDES[name](case) for name in names}, rounds)
+        times = paired_times({name: SIDES[name](case) for name in names}, rounds)
         print(
             f"\n{case.decoded} px to 2x{case.global_size} + {case.num_local}x{case.local_size}, "
             f"batch {case.batch}, n = {rounds}, CPU ms per image"
@@ -160,10 +148,9 @@ def main() -> None:
         print(f"{'':16}{'median':>9}{'min':>9}{'max':>9}{'ours is faster by':>20}{'to reach':>10}")
         for name, seconds in times.items():
             per_image = [1000 * s / case.batch for s in seconds]
-            ratio = statistics.median(theirs / mine for mine, theirs in zip(times["ours"], seconds, strict=True))
             print(
                 f"{name:16}{statistics.median(per_image):9.3f}{min(per_image):9.3f}{max(per_image):9.3f}"
-                f"{ratio:19.2f}x{REACH[case.decoded].get(name, ''):>10}"
+                f"{ratio(seconds, times['ours']):19.2f}x{REACH[case.decoded].get(name, ''):>10}"
             )
     if "lightly" not in names:
         print("\nlightly: not installed")
