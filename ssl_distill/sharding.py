@@ -107,6 +107,11 @@ def whole(value: Any) -> Any:
     return value.full_tensor().detach() if isinstance(value, DTensor) else value
 
 
+def share(value: Tensor) -> Tensor:
+    """What this rank holds of a tensor, with its gradient; all of it if it is not divided."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
 def divided_like(pattern: Any, value: Any) -> Any:
     """This rank's share of a whole tensor, if the pattern is divided; all ranks have the whole, nothing is sent."""
     if not isinstance(pattern, DTensor) or not isinstance(value, Tensor) or value.shape != pattern.shape:

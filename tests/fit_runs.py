@@ -76,7 +76,7 @@ class Fit:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: ours would go elsewhere
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
             command = ["ssl-distill", "fit", "-c", f"configs/{config}", "--seed_everything", str(seed)]
-            command += ["--trainer.default_root_dir", str(folder), *arguments]
+            command += [*arguments, "--trainer.default_root_dir", str(folder)]  # after a further recipe's own
             _call(command, folder)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             cost.write_text(json.dumps(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))

@@ -9,6 +9,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from ssl_distill.backbones.vit import VisionTransformer
+from ssl_distill.sharding import share
 
 
 class MaskedStudent(nn.Module):
@@ -36,7 +37,7 @@ class MaskedStudent(nn.Module):
         """Features of the class token and of the wanted patches; the encoder computes on the kept ones only."""
         predictions: Tensor = self.decoder(self.encoder.tokens(images, keep=kept), kept, wanted)
         for parameter in self.backbone.blocks[self.depth :].parameters():
-            predictions = predictions + 0 * parameter.sum()  # a gradient of 0: DDP would wait for none
+            predictions = predictions + 0 * share(parameter).sum()  # a gradient of 0: DDP would wait for none
         return predictions
 
     @property
