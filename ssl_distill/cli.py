@@ -18,7 +18,7 @@ _COMMANDS = {
     "report": "one HTML page about one or several runs, to send to others",
     "doctor": "read a folder of images before training does, and list those to leave out",
     "sweep": "search for hyper-parameters by a wandb sweep file, without a server",
-    "data": "optimize: a folder of images as shards, which disks and networks read faster",
+    "data": "optimize: images, or a config's lidar frames, as shards, which disks and networks read faster",
     "methods": "what methods there are",
 }
 

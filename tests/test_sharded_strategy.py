@@ -144,7 +144,8 @@ def fit(name, folder, strategy="auto", ckpt_path=None, callbacks=(), **kwargs):
     objects = name == "odis"
     evaluation = Evaluation([KNN([3])], ObjectReading() if objects else None)
     pl.seed_everything(0, verbose=False)
-    data = ShapesData("scene" if objects else "single", num_images=27, batch_size=8 // ranks, bank_size=20, query_size=10)
+    mode = "scene" if objects else "single"
+    data = ShapesData(mode, num_images=27, batch_size=8 // ranks, bank_size=20, query_size=10)
     data.parts  # noqa: B018 - pictures are drawn in float32
     with double():
         method = METHODS[name]()

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -44,11 +44,15 @@ class CocoImage(NamedTuple):
 
 
 def read_coco(
-    annotations: str, images: str, object_unit: ObjectUnit = "instance", min_score: float = 0.3
+    annotations: str,
+    images: str,
+    object_unit: ObjectUnit = "instance",
+    min_score: float = 0.3,
+    is_there: Callable[[Path], bool] = Path.is_file,
 ) -> tuple[list[CocoImage], tuple[str, ...]]:
     """Images with their objects, the largest first, and the names of the categories.
 
-    Arguments as in `CocoObjectsData`.
+    Arguments as in `CocoObjectsData`; `is_there` tells of a path in `images` whether there is such an image.
 
     Raises:
         ValueError: If the json is no such json, names files that are not there, or has impossible boxes.
@@ -63,7 +67,7 @@ def read_coco(
             f"`annotations` {annotations} must be COCO's json with images (id, file_name, height, width) and"
             f" annotations (image_id, bbox): {type(error).__name__} {error}."
         ) from error
-    missing = [path for path in paths.values() if not path.is_file()]
+    missing = [path for path in paths.values() if not is_there(path)]
     if missing:
         raise ValueError(
             f"`annotations` {annotations} names {len(missing)} of {len(paths)} files that are not in {images}, such as"

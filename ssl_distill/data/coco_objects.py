@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ssl_distill.data.batch import ObjectBatch
 from ssl_distill.data.coco_json import CocoImage, ObjectUnit, bounds, rasterize, read_coco
-from ssl_distill.data.images import evaluation_view, read_image, squash
+from ssl_distill.data.images import decode, evaluation_view, squash
 from ssl_distill.data.module import BatchSet, ImageData, ImageParts
 from ssl_distill.data.object_labels import LabelledObjectBatch
+from ssl_distill.data.sources import FileSource, ImageSource, open_packed, shards_in
 
 
 class CocoObjectsData(ImageData):
@@ -23,9 +24,10 @@ class CocoObjectsData(ImageData):
     dropped if less than a pixel is left.
 
     Args:
-        images: Folder that the file names in the json are relative to.
+        images: Folder that the file names in the json are relative to; or that folder as `ssl-distill data optimize`
+            made shards of it; or a .tar of what is in it, or a folder of such tars.
         annotations: The json.
-        val_images: Folder of the queries; None takes a fifth of `images`.
+        val_images: The same for the queries; None takes a fifth of `images`.
         val_annotations: Json of the queries; given with `val_images`.
         object_unit: "instance" takes each annotation as an object, "category" all of a category together.
         min_score: Least score of a detected box.
@@ -66,8 +68,8 @@ class CocoObjectsData(ImageData):
         if (val_images is None) != (val_annotations is None):
             raise ValueError("`val_images` and `val_annotations` must be given together, got only one of them.")
         for name, path in {"images": images, "val_images": val_images}.items():
-            if path is not None and not Path(path).is_dir():
-                raise ValueError(f"`{name}` must be a folder, {path} is none.")
+            if path is not None and not Path(path).is_dir() and not shards_in(Path(path)):
+                raise ValueError(f"`{name}` must be a folder of images or of shards, or a .tar, {path} is none.")
         for name, path in {"annotations": annotations, "val_annotations": val_annotations}.items():
             if path is not None and not Path(path).is_file():
                 raise ValueError(f"`{name}` must be a json file, {path} does not exist.")
@@ -78,25 +80,44 @@ class CocoObjectsData(ImageData):
         self.max_objects = max_objects
 
     def load(self) -> ImageParts:
-        """Read the annotations and check that the files are there."""
-        found, names = read_coco(self.annotations, self.images, self.object_unit, self.min_score)
+        """Read the annotations and check that the images are there."""
+        files, names = self._files(self.annotations, self.images)
         self.class_names, self.num_classes = names, len(names) or None
-        files = CocoFiles(found, self.max_objects, self.decode_size, self.eval_size)
         bank: Sequence[int] = files.with_objects()
         if self.val_images and self.val_annotations:
-            val_found, val_names = read_coco(self.val_annotations, self.val_images, self.object_unit, self.min_score)
+            val_files, val_names = self._files(self.val_annotations, self.val_images)
             if val_names != names:
                 raise ValueError(f"`val_annotations` {self.val_annotations} must have the categories of `annotations`.")
-            val_files = CocoFiles(val_found, self.max_objects, self.decode_size, self.eval_size)
             queries: Sequence[int] = val_files.with_objects()
         else:
             val_files, queries = files, bank[::5]
             bank = sorted(set(bank) - set(queries)) or bank
         return ImageParts(
-            BatchSet(files.object_batch, range(len(found))),
+            BatchSet(files.object_batch, range(len(files.images))),
             BatchSet(files.labelled_batch, bank[: self.bank_size]),
             BatchSet(val_files.labelled_batch, queries[: self.query_size]),
         )
+
+    def _files(self, annotations: str, images: str) -> tuple["CocoFiles", tuple[str, ...]]:
+        """The annotated images, and the names of the categories."""
+        source: ImageSource
+        in_source: Sequence[int]
+        if packed := open_packed(Path(images)):
+            source, _ = packed
+            position_of = {Path(images, name): position for position, name in enumerate(source.names)}
+            if len(position_of) < len(source.names):
+                twice = next(name for i, name in enumerate(source.names) if position_of[Path(images, name)] != i)
+                raise ValueError(f"{images} holds several images of one name, such as {twice}; give each its own.")
+            found, names = read_coco(
+                annotations, images, self.object_unit, self.min_score, is_there=position_of.__contains__
+            )
+            in_source = [position_of[image.path] for image in found]
+        else:
+            found, names = read_coco(annotations, images, self.object_unit, self.min_score)
+            source = FileSource([str(image.path) for image in found])
+            in_source = range(len(found))
+        files = CocoFiles(found, source, in_source, self.max_objects, self.decode_size, self.eval_size)
+        return files, names
 
 
 class CocoFiles:
@@ -104,13 +125,25 @@ class CocoFiles:
 
     Args:
         images: The files.
+        source: Where they lie.
+        in_source: Position of each file there.
         max_objects: M.
         decode_size: Side of training images.
         eval_size: Side of evaluation images.
     """
 
-    def __init__(self, images: Sequence[CocoImage], max_objects: int, decode_size: int, eval_size: int) -> None:
+    def __init__(
+        self,
+        images: Sequence[CocoImage],
+        source: ImageSource,
+        in_source: Sequence[int],
+        max_objects: int,
+        decode_size: int,
+        eval_size: int,
+    ) -> None:
         self.images = images
+        self.source = source
+        self.in_source = in_source
         self.max_objects = max_objects
         self.decode_size = decode_size
         self.eval_size = eval_size
@@ -127,7 +160,7 @@ class CocoFiles:
         pictures = []
         for row, position in enumerate(positions):
             image = self.images[position]
-            pictures.append(squash(_read(image), size))
+            pictures.append(squash(self._read(position), size))
             for place, parts in enumerate(image.objects[:most]):
                 scale = torch.tensor([image.width, image.height] * 2)
                 boxes[row, place] = torch.tensor(bounds(parts)) / scale
@@ -141,19 +174,20 @@ class CocoFiles:
         views, masks = [], []
         for position in positions:
             image = self.images[position]
-            views.append(evaluation_view(_read(image), self.eval_size))
+            views.append(evaluation_view(self._read(position), self.eval_size))
             whole = (image.height, image.width)
             pixels = rasterize(image.objects[0], whole, whole).to(torch.uint8) * 255
             masks.append(evaluation_view(pixels.expand(3, -1, -1), self.eval_size)[0] > 127)
         labels = torch.tensor([self.images[position].objects[0][0].category for position in positions])
         return LabelledObjectBatch(torch.stack(views), labels, torch.as_tensor(positions), torch.stack(masks))
 
-
-def _read(image: CocoImage) -> Tensor:
-    pixels = read_image(image.path)
-    if pixels.shape[1:] != (image.height, image.width):
-        raise ValueError(
-            f"{image.path} is {pixels.shape[2]} x {pixels.shape[1]} pixels, its annotations are for {image.width} x"
-            f" {image.height}; was it resized, or turned by its EXIF tag?"
-        )
-    return pixels
+    def _read(self, position: int) -> Tensor:
+        image, place = self.images[position], self.in_source[position]
+        where = self.source.where(place)
+        pixels = decode(self.source.read(place), where)
+        if pixels.shape[1:] != (image.height, image.width):
+            raise ValueError(
+                f"{where} is {pixels.shape[2]} x {pixels.shape[1]} pixels, its annotations are for {image.width} x"
+                f" {image.height}; was it resized, or turned by its EXIF tag?"
+            )
+        return pixels

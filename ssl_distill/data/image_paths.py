@@ -10,15 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from ssl_distill.data.images import SUFFIXES
 from ssl_distill.data.quarantine import read_quarantine
-from ssl_distill.data.sources import (
-    FileSource,
-    FoundImage,
-    ImageSource,
-    is_litdata,
-    open_shards,
-    open_tars,
-    shards_in,
-)
+from ssl_distill.data.sources import FileSource, FoundImage, ImageSource, open_packed
 
 Labels = Literal["auto", "folder", "none"]
 
@@ -52,10 +44,8 @@ def list_images(argument: str, root: Path) -> tuple[ImageSource, list[FoundImage
         ValueError: If there are none, or a folder, a row or a shard cannot be read.
     """
     source: ImageSource
-    if is_litdata(root):
-        source, found = open_shards(root)
-    elif shards := shards_in(root):
-        source, found = open_tars(shards)
+    if packed := open_packed(root):
+        source, found = packed
     else:
         rows = list(_in_list(root) if root.is_file() else _in_folder(root))
         source = FileSource([path for path, _, _ in rows])

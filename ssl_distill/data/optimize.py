@@ -1,12 +1,13 @@
-"""A folder of images as shards of LitData: few large files instead of many small ones."""
+"""Images, or any other items, as shards of LitData: few large files instead of many small ones."""
 
 import csv
 import hashlib
+import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from torch.utils.data import DataLoader
 
@@ -15,27 +16,94 @@ from ssl_distill.data.image_paths import find_images
 from ssl_distill.data.sources import TABLE, FoundImage, ImageSource, import_litdata
 
 _UNDER_WAY = ".under_way"  # folder of what is done, until all is
+_MOST_BYTES = 2**32 - 2**20  # of a shard: LitData counts them in 32 bits
+
+Item = dict[str, bytes | str]
+
+
+class Items(Protocol):
+    """What is written: dicts with the same keys, each made when asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int) -> Item: ...
+
+
+class Table(NamedTuple):
+    """What is said of all items, in a file beside the shards.
+
+    Attributes:
+        name: Of the file; it tells what kind of items they are.
+        content: Of the file.
+    """
+
+    name: str
+    content: bytes
 
 
 def optimize(root: Path, output: Path, images_per_shard: int = 1000, num_workers: int = 0) -> int:
     """Write the images that `root` holds, as they are, and a table of their paths and labels.
 
-    A shard is there whole or not at all. Called again after an interruption, it writes those that are missing.
-
     Args:
         root: As in `ImageFolderData`; what is in quarantine is left out.
-        output: Folder of the shards.
-        images_per_shard: Items in a shard.
-        num_workers: Processes that write.
+        output: As in `write_shards`.
+        images_per_shard: As in `write_shards`.
+        num_workers: As in `write_shards`.
 
     Returns:
         How many images there are.
 
     Raises:
-        ValueError: If `output` holds something else, or shards of other images.
+        ValueError: If there are none; else as in `write_shards`.
     """
     source, found = find_images("DIR", root, "auto")
-    plan = _plan_of(root, found, images_per_shard)
+    rows = io.StringIO(newline="")
+    writer = csv.writer(rows)
+    writer.writerow(("path", "label"))
+    writer.writerows((image.inner_path, image.label or "") for image in found)
+    table = Table(TABLE, rows.getvalue().encode(errors="surrogateescape"))
+    items = _ImageItems(source, found)
+    write_shards(items, table, str(root.resolve()).encode(), output, images_per_shard, num_workers)
+    return len(found)
+
+
+class _ImageItems:
+    """Images as a source has them, with what the table says of them."""
+
+    def __init__(self, source: ImageSource, found: Sequence[FoundImage]) -> None:
+        self.source = source
+        self.found = found
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def __getitem__(self, position: int) -> Item:
+        image = self.found[position]
+        return {"image": self.source.read(image.position), "path": image.inner_path, "label": image.label or ""}
+
+
+def write_shards(
+    items: Items, table: Table, identity: bytes, output: Path, items_per_shard: int, num_workers: int
+) -> None:
+    """Write all items, with a progress bar.
+
+    A shard is there whole or not at all. Called again after an interruption, it writes those that are missing.
+
+    Args:
+        items: What is written.
+        table: Written at the end.
+        identity: What tells these items from others of the same table: shards of others are not gone on with.
+        output: Folder of the shards.
+        items_per_shard: Items in a shard.
+        num_workers: Processes that write.
+
+    Raises:
+        ValueError: If `output` holds something else, or shards of other items; or a shard would be too large.
+        OSError: If an item cannot be read.
+    """
+    digest = hashlib.sha256(f"{items_per_shard} {table.name} {len(table.content)} ".encode())
+    digest.update(table.content + identity)
+    plan = digest.hexdigest()
     if (output / "index.json").exists():
         raise ValueError(f"`OUT` {output} holds shards already; remove them to make them again.")
     under_way = output / _UNDER_WAY
@@ -45,50 +113,44 @@ def optimize(root: Path, output: Path, images_per_shard: int = 1000, num_workers
     under_way.mkdir(parents=True, exist_ok=True)
     plan_file = under_way / "plan.txt"
     if plan_file.exists() and plan_file.read_text() != plan:
-        raise ValueError(f"`OUT` {output} holds shards of other images or another size; remove it to begin again.")
+        raise ValueError(f"`OUT` {output} holds shards of other data or of another size; remove it to begin again.")
     if not plan_file.exists():
         with replacing(plan_file) as temporary:
             temporary.write_text(plan)
 
-    shards = _Shards(source, found, images_per_shard, output)
-    entries = [*_written(shards, num_workers)]
-    with replacing(output / TABLE) as temporary, temporary.open("w", newline="", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(("path", "label"))
-        writer.writerows((image.inner_path, image.label or "") for image in found)
+    entries = [*_written(_Shards(items, items_per_shard, output), num_workers)]
+    with replacing(output / table.name) as temporary:
+        temporary.write_bytes(table.content)
     with replacing(output / "index.json") as temporary:
         temporary.write_text(json.dumps({"chunks": [e["chunk"] for e in entries], "config": entries[0]["config"]}))
     shutil.rmtree(under_way)
-    return len(found)
 
 
 class _Shards:
     """A data set whose items are written when they are asked for; each is what the index says of the shard."""
 
-    def __init__(self, source: ImageSource, found: Sequence[FoundImage], images_per_shard: int, output: Path) -> None:
-        self.source = source
-        self.found = found
-        self.images_per_shard = images_per_shard
+    def __init__(self, items: Items, items_per_shard: int, output: Path) -> None:
+        self.items = items
+        self.items_per_shard = items_per_shard
         self.output = output
 
     def __len__(self) -> int:
-        return -(-len(self.found) // self.images_per_shard)
+        return -(-len(self.items) // self.items_per_shard)
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> dict[str, Any] | Exception:
+        try:
+            return self._entry(number)
+        except (OSError, ValueError) as error:
+            return error  # raised in a loader process, it would come out with a traceback in its text
+
+    def _entry(self, number: int) -> dict[str, Any]:
         record = self.output / _UNDER_WAY / f"{number}.json"
         if record.exists():
             entry: dict[str, Any] = json.loads(record.read_text())
             return entry
-        start = number * self.images_per_shard
-        images = self.found[start : start + self.images_per_shard]
         folder = self.output / _UNDER_WAY / f"shard-{number}"
         shutil.rmtree(folder, ignore_errors=True)
-        binary_writer = import_litdata("litdata.streaming.writer").BinaryWriter
-        writer = binary_writer(str(folder), chunk_size=self.images_per_shard, chunk_index=number)
-        for i, image in enumerate(images):
-            item = {"image": self.source.read(image.position), "path": image.inner_path, "label": image.label or ""}
-            writer.add_item(i, item)
-        writer.done()
+        self._write(number, folder)
         index = json.loads(next(folder.glob("*index.json")).read_text())
         (chunk,) = index["chunks"]
         entry = {"chunk": chunk, "config": index["config"]}
@@ -99,21 +161,32 @@ class _Shards:
         shutil.rmtree(folder)
         return entry
 
+    def _write(self, number: int, folder: Path) -> None:
+        binary_writer = import_litdata("litdata.streaming.writer").BinaryWriter
+        writer = binary_writer(str(folder), chunk_size=self.items_per_shard, chunk_index=number)
+        start = number * self.items_per_shard
+        num_bytes = 0
+        for i, position in enumerate(range(start, min(start + self.items_per_shard, len(self.items)))):
+            item = self.items[position]
+            num_bytes += sum(map(len, item.values()))
+            if num_bytes > _MOST_BYTES:
+                raise ValueError(
+                    f"`--items-per-shard` must be at most {max(i, 1)}, got {self.items_per_shard}: a shard holds less"
+                    " than 4 GiB."
+                )
+            writer.add_item(i, item)
+        writer.done()
 
-def _written(shards: Any, num_workers: int) -> Any:
+
+def _written(shards: Any, num_workers: int) -> Iterator[dict[str, Any]]:
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     loader = DataLoader(shards, batch_size=None, num_workers=num_workers, collate_fn=_as_is)
-    return tqdm(loader, "writing", unit=" shards")
+    for entry in tqdm(loader, "writing", unit=" shards"):
+        if isinstance(entry, Exception):
+            raise entry
+        yield entry
 
 
 def _as_is(entry: Any) -> Any:
     return entry
-
-
-def _plan_of(root: Path, found: Sequence[FoundImage], images_per_shard: int) -> str:
-    """What the shards will hold, so that they are not gone on with from other images."""
-    digest = hashlib.sha256(f"{root.resolve()} {images_per_shard}".encode())
-    for image in found:
-        digest.update(f"{image.inner_path}\0{image.label}\0".encode(errors="surrogateescape"))
-    return digest.hexdigest()

@@ -101,28 +101,40 @@ class TarSource(ImageSource):
         return f"{self.shards[self.members[position].shard]}:{self.names[position]}"
 
 
+class LitDataItems:
+    """Items of a folder of LitData's shards, by position; each is a dict."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._dataset: tuple[int, Any] = (-1, None)  # process and reader: its open files and threads are not shared
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        process, dataset = self._dataset
+        if process != os.getpid():
+            dataset = open_litdata(self.root)
+            self._dataset = (os.getpid(), dataset)
+        item: dict[str, Any] = dataset[position]
+        return item
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_dataset": (-1, None)}
+
+
 class LitDataSource(ImageSource):
     """Shards that `ssl-distill data optimize` made: the format of Lightning's LitData, whose items are dicts."""
 
     def __init__(self, root: Path, names: Sequence[str]) -> None:
         self.root = root
         self.names = names
-        self._dataset: tuple[int, Any] = (-1, None)  # process and reader: its open files and threads are not shared
+        self.items = LitDataItems(root)
 
     def read(self, position: int) -> bytes:
         """Field `image` of an item."""
-        process, dataset = self._dataset
-        if process != os.getpid():
-            dataset = open_litdata(self.root)
-            self._dataset = (os.getpid(), dataset)
-        return bytes(dataset[position]["image"])
+        return bytes(self.items[position]["image"])
 
     def where(self, position: int) -> str:
         """Folder and item."""
         return f"{self.root}:{self.names[position]}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_dataset": (-1, None)}
 
 
 def open_litdata(root: Path) -> Any:
@@ -155,6 +167,25 @@ def is_litdata(root: Path) -> bool:
     return (root / "index.json").is_file()
 
 
+def count_items(root: Path) -> int:
+    """How many items a folder of LitData's shards holds."""
+    index = json.loads((root / "index.json").read_text(encoding="utf-8"))
+    return sum(chunk["chunk_size"] for chunk in index["chunks"])
+
+
+def open_packed(root: Path) -> tuple[TarSource | LitDataSource, list[FoundImage]] | None:
+    """All images in LitData's shards or in tars; None if a path means neither.
+
+    Raises:
+        ValueError: If they cannot be read, or are of something else.
+    """
+    if is_litdata(root):
+        return open_shards(root)
+    if tars := shards_in(root):
+        return open_tars(tars)
+    return None
+
+
 def open_tars(shards: Sequence[Path]) -> tuple[TarSource, list[FoundImage]]:
     """All images in tars. The label is what `KEY.cls` beside `KEY.jpg` says, or else the folder inside the tar.
 
@@ -179,10 +210,12 @@ def open_shards(root: Path) -> tuple[LitDataSource, list[FoundImage]]:
         ValueError: If other tools made them, or they are not complete.
     """
     if not (root / TABLE).is_file():
-        raise ValueError(f"{root} holds shards without {TABLE}; make them with `ssl-distill data optimize`.")
+        raise ValueError(
+            f"{root} holds shards without {TABLE}, so not of images; make them with `ssl-distill data optimize`."
+        )
     with (root / TABLE).open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = [(row["path"], row["label"]) for row in csv.DictReader(file)]
-    count = sum(chunk["chunk_size"] for chunk in json.loads((root / "index.json").read_text())["chunks"])
+    count = count_items(root)
     if count != len(rows):
         raise ValueError(f"{root} holds {count} items, its {TABLE} {len(rows)}; make the shards again.")
     found = [FoundImage(position, label or None, path) for position, (path, label) in enumerate(rows)]

@@ -48,7 +48,12 @@ class Some:
         return len(self.positions)
 
     def __getitem__(self, position: int) -> LidarCameraFrame:
-        return self.frames[self.positions[position]]
+        frames, place = self.locate(position)
+        return frames[place]
+
+    def locate(self, position: int) -> tuple[Frames, int]:
+        """The frames that a position is taken from, and the position there."""
+        return self.frames, self.positions[position]
 
 
 def spread(frames: Frames, count: int) -> Frames:
@@ -276,11 +281,23 @@ class _Joined:
         return sum(len(part) for part in self.parts)
 
     def __getitem__(self, position: int) -> LidarCameraFrame:
+        frames, place = self.locate(position)
+        return frames[place]
+
+    def locate(self, position: int) -> tuple[Frames, int]:
+        """The frames that a position is taken from, and the position there."""
         for part in self.parts:
             if position < len(part):
-                return part[position]
+                return part, position
             position -= len(part)
         raise IndexError(position)
+
+
+def origin(frames: Frames, position: int) -> tuple[Frames, int]:
+    """Where a frame of a data set comes from, whatever was chosen and joined on the way: frames, and position there."""
+    while isinstance(frames, (Some, _Joined)):
+        frames, position = frames.locate(position)
+    return frames, position
 
 
 class MixedLidarData(LidarData):

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from ssl_distill.data.images import read_image
+from ssl_distill.data.images import decode, read_image
 
 IGNORED = 255  # label of points that count neither in training nor in evaluation
 
@@ -29,29 +29,41 @@ class Sensor(NamedTuple):
     margin: float = 1.0
 
 
+class EncodedImage(NamedTuple):
+    """A picture that is not decoded yet.
+
+    Attributes:
+        content: All bytes of an image file.
+        name: What to call it in an error.
+    """
+
+    content: bytes
+    name: str
+
+
 class Camera(NamedTuple):
     """One picture and where it was taken.
 
     Attributes:
         name: Unique in its frame.
-        image: RGB bytes, or the file that holds them.
+        image: RGB bytes, the file that holds them, or what such a file holds.
         cam_from_lidar: Rigid motion from lidar to camera coordinates (x right, y down, z forward), in metres.
         intrinsics: Focal lengths and principal point in pixels of the image.
     """
 
     name: str
-    image: UInt8[np.ndarray, "H W 3"] | Path
+    image: UInt8[np.ndarray, "H W 3"] | Path | EncodedImage
     cam_from_lidar: Float[np.ndarray, "4 4"]
     intrinsics: Float[np.ndarray, "3 3"]
 
     def pixels(self) -> UInt8[np.ndarray, "H W 3"]:
-        """The picture, read if need be.
+        """The picture, read and decoded if need be.
 
         Raises:
             ValueError: If the intrinsics are those of a picture of another size.
-            OSError: If the file cannot be read.
+            OSError: If it cannot be read.
         """
-        image = read_image(self.image).permute(1, 2, 0).numpy() if isinstance(self.image, Path) else self.image
+        image = self.image if isinstance(self.image, np.ndarray) else _decoded(self.image)
         height, width = image.shape[:2]
         center_x, center_y = self.intrinsics[0, 2], self.intrinsics[1, 2]
         if not (width / 4 < center_x < 3 * width / 4 and height / 4 < center_y < 3 * height / 4):
@@ -87,3 +99,8 @@ class Frames(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, position: int) -> LidarCameraFrame: ...
+
+
+def _decoded(image: Path | EncodedImage) -> UInt8[np.ndarray, "H W 3"]:
+    pixels = read_image(image) if isinstance(image, Path) else decode(image.content, image.name)
+    return pixels.permute(1, 2, 0).numpy()

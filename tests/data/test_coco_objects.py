@@ -1,12 +1,15 @@
 import importlib.util
 import json
+import tarfile
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from ssl_distill.data.coco_json import read_coco
 from ssl_distill.data.coco_objects import CocoObjectsData
+from ssl_distill.data.optimize import optimize
 
 WIDTH, HEIGHT = 60, 40
 
@@ -107,6 +110,88 @@ def test_a_detectors_boxes(tmp_path):
     assert len(data.parts.bank) + len(data.parts.queries) == 2
 
 
+@pytest.fixture
+def gallery(tmp_path, monkeypatch):
+    """Ten pictures in two folders, and objects of all but one; the json names them in another order."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    random = np.random.default_rng(0)
+    root = tmp_path / "pictures"
+    entries = []
+    for i in range(10):
+        file = root / ("ab"[i % 2]) / f"{i}.{'png' if i % 3 else 'jpg'}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 255, (40 + i, 60, 3), dtype=np.uint8)).save(file)
+        entries.append({"id": i, "file_name": str(file.relative_to(root)), "width": 60, "height": 40 + i})
+    entries[4]["file_name"] = f"./{entries[4]['file_name']}"
+    objects = [annotation([i, i, 20, 30 - i], image_id=i) for i in range(9)]
+    path = tmp_path / "objects.json"
+    categories = [{"id": 5, "name": "cat"}]
+    path.write_text(json.dumps({"images": entries[::-1], "annotations": objects, "categories": categories}))
+    return root
+
+
+def shards_of(root):
+    pytest.importorskip("litdata")
+    optimize(root, root.parent / "shards", images_per_shard=4)
+    return root.parent / "shards"
+
+
+def tars_of(root):
+    tars = root.parent / "tars"
+    tars.mkdir()
+    for folder, name in (("a", "a"), ("b", "./b")):
+        with tarfile.open(tars / f"{folder}.tar", "w") as tar:
+            tar.add(root / folder, name)
+    return tars
+
+
+def tar_of(root):
+    with tarfile.open(root.parent / "all.tar", "w") as tar:
+        tar.add(root, ".")
+    return root.parent / "all.tar"
+
+
+@pytest.mark.parametrize("pack", [shards_of, tars_of, tar_of])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shards_and_tars_give_the_folders_batches(pack, num_workers, gallery):
+    def data(images, num_workers):
+        sizes = {"decode_size": 24, "eval_size": 16, "batch_size": 3, "eval_batch_size": 4, "seed": 3}
+        json_file = str(gallery.parent / "objects.json")
+        return CocoObjectsData(str(images), json_file, str(images), json_file, num_workers=num_workers, **sizes)
+
+    ours, folder = data(pack(gallery), num_workers), data(gallery, 0)
+    for loader, other in zip(
+        [ours.train_dataloader(), *ours.val_dataloader()],
+        [folder.train_dataloader(), *folder.val_dataloader()],
+        strict=True,
+    ):
+        batches, expected = list(loader), list(other)
+        assert len(batches) == len(expected) == 3
+        for batch, its_equal in zip(batches, expected, strict=True):
+            for name, value in batch._asdict().items():
+                assert torch.equal(value, getattr(its_equal, name)), name
+    assert len(torch.cat([batch.index for batch in ours.train_dataloader()]).unique()) == 9
+
+
+def test_errors_of_shards_and_tars(gallery):
+    def load(images):
+        CocoObjectsData(str(images), str(gallery.parent / "objects.json"), num_workers=0).load()
+
+    tars = tars_of(gallery)
+    (tars / "b.tar").rename(gallery.parent / "b.tar")
+    with pytest.raises(ValueError, match=rf"names 5 of 10 files that are not in {tars}, such as b/9.jpg\."):
+        load(tars)
+    with tarfile.open(tars / "again.tar", "w") as tar:
+        tar.add(gallery / "a" / "2.png", "a/2.png")
+    with pytest.raises(ValueError, match=r"holds several images of one name, such as a/2.png"):
+        load(tars)
+    theirs = gallery.parent / "theirs"
+    theirs.mkdir()
+    (theirs / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds shards without images.csv, so not of images"):
+        load(theirs)
+
+
 @pytest.mark.parametrize(
     ("annotations", "kwargs", "message"),
     [
@@ -152,7 +237,7 @@ def test_errors_of_masks_and_files(tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"images": "nowhere"}, "`images` must be a folder, nowhere is none"),
+        ({"images": "nowhere"}, "`images` must be a folder of images or of shards, or a .tar, nowhere is none"),
         ({"annotations": "nowhere.json"}, "`annotations` must be a json file, nowhere.json does not exist"),
         ({"object_unit": "pixel"}, "`object_unit` must be one of instance, category, got pixel"),
         ({"max_objects": 0}, "`max_objects` must be at least 1, got 0"),

@@ -105,7 +105,7 @@ def test_an_interrupted_command_goes_on(folder, tmp_path, monkeypatch):
     assert len(before) == 2
     monkeypatch.setattr(sources.FileSource, "read", read)
     time.sleep(0.01)
-    with pytest.raises(ValueError, match="shards of other images or another size"):
+    with pytest.raises(ValueError, match="shards of other data or of another size"):
         optimize(folder, output, images_per_shard=5)
     assert optimize(folder, output, images_per_shard=6) == 20
     after = {path.name: path.stat().st_mtime_ns for path in output.glob("*.bin")}
@@ -173,13 +173,32 @@ def test_errors(folder, tmp_path, capsys, monkeypatch):
     for args, message in (
         ([str(folder), str(folder / "cat")], "`OUT` must be a new or empty folder"),
         ([str(tmp_path / "nowhere"), "x"], "`DIR` must be a folder of images"),
-        ([str(folder), "x", "--images-per-shard", "0"], "`--images-per-shard` must be at least 1"),
+        ([str(folder), "x", "--data.init_args.root", "y"], "unrecognized arguments: --data.init_args.root y"),
+        ([str(folder), "x", "--images-per-shard", "0"], "`--items-per-shard` must be at least 1"),
     ):
         assert main(["data", "optimize", *args]) == 2
         assert message in capsys.readouterr().err
     monkeypatch.setattr(optimize_module, "import_litdata", lambda module: sources.import_litdata(f"no_{module}"))
     with pytest.raises(ValueError, match=r"pip install 'ssl-distill\[stream\]'"):
         optimize(folder, tmp_path / "x")
+
+
+def test_an_error_in_a_writing_process_is_one_line(folder, tmp_path, capsys):
+    pytest.importorskip("litdata")
+    listed = tmp_path / "list.txt"
+    listed.write_text("folder/cat/00.jpg\nfolder/cat/gone.jpg\n")
+    assert main(["data", "optimize", str(listed), str(tmp_path / "x"), "--workers", "1"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: [Errno 2] No such file")
+    assert error.endswith("gone.jpg'")
+
+
+def test_a_shard_has_a_size_that_its_format_can_count(folder, tmp_path, monkeypatch):
+    pytest.importorskip("litdata")
+    sizes = [path.stat().st_size for path in sorted(folder.glob("cat/*"))]
+    monkeypatch.setattr(optimize_module, "_MOST_BYTES", sum(sizes[:4]))
+    with pytest.raises(ValueError, match="`--items-per-shard` must be at most 3, got 20: a shard holds less than 4"):
+        optimize(folder, tmp_path / "x", images_per_shard=20)
 
 
 def test_shards_are_not_made_twice(folder, shards):
