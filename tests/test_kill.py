@@ -40,7 +40,7 @@ SHORT += ["--last_checkpoint.every_n_train_steps", "1"]
 
 def fit(folder, *arguments):
     """The command and how it is run."""
-    command = [sys.executable, "-m", "ssl_distill.cli", "fit", "--trainer.default_root_dir", str(folder), *arguments]
+    command = [sys.executable, "-m", "ssl_distill.cli", "fit", *arguments, "--trainer.default_root_dir", str(folder)]
     return command, {"env": {**os.environ, "OMP_NUM_THREADS": "1"}, "stderr": subprocess.DEVNULL}
 
 
