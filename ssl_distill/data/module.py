@@ -147,15 +147,20 @@ class ImageData(LightningDataModule, ABC):
         return EpochSampler(self.parts.train, self.batch_size, self.seed, world_size(), rank())
 
     def _loader(self, images: BatchSet, batch_size: int, sampler: EpochSampler | None = None) -> DataLoader:
-        return DataLoader(
-            images,  # type: ignore[arg-type]
-            batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=_as_is,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
+        return batch_loader(images, batch_size, sampler, self.num_workers)
+
+
+def batch_loader(dataset: Any, batch_size: int, sampler: Any, num_workers: int) -> DataLoader:
+    """A loader of a data set that makes whole batches itself."""
+    return DataLoader(
+        dataset,
+        batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+    )
 
 
 def _as_is(batch: Any) -> Any:

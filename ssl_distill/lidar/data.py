@@ -11,7 +11,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ssl_distill.data.module import check_sizes
+from ssl_distill.data.module import batch_loader, check_sizes
 from ssl_distill.data.resume import resume_position
 from ssl_distill.data.sampler import EpochSampler
 from ssl_distill.distributed import rank, world_size
@@ -256,19 +256,7 @@ class LidarData(LightningDataModule, ABC):
         return EpochItems(dataset, self.batch_size, self.seed, world_size(), rank())
 
     def _loader(self, dataset: TrainingSet | EvaluationSet, batch_size: int, sampler: Any) -> DataLoader:
-        return DataLoader(
-            dataset,  # type: ignore[arg-type]
-            batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=_as_is,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=self.num_workers > 0,
-        )
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
+        return batch_loader(dataset, batch_size, sampler, self.num_workers)
 
 
 class _Joined:
