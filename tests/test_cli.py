@@ -286,6 +286,14 @@ def test_trainer_options(tiny, options, steps):
     assert {"val/score", "train/loss"} <= {key for row in rows for key in row}
 
 
+def test_a_function_may_be_an_argument_of_a_part(tiny):
+    """Its default too: jsonargparse would keep the name of one that is said to return a class."""
+    sphere = {"class_path": "ssl_distill.losses.entropy.SphereEntropy", "init_args": {"weight": 0.1}}
+    options = ["--model.init_args.regularizers", json.dumps({"spread": sphere}), "--trainer.log_every_n_steps", "1"]
+    assert main(["fit", "-c", tiny, *options]) == 0
+    assert any("train/spread" in row for row in read_metrics("runs/dino/metrics.csv"))
+
+
 @pytest.mark.ddp
 def test_two_ranks_share_a_folder(tiny):
     Path("runs/dino").mkdir(parents=True)

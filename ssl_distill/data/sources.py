@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ssl_distill.cache import cache_folder
 from ssl_distill.callbacks.atomic import replacing
 from ssl_distill.data.images import SUFFIXES
 
@@ -226,8 +227,7 @@ def _tar_index(shard: Path) -> list[tuple[str, str | None, int, int]]:
     """Name, label, offset and size of every image in a tar; from the user's cache if the tar is as it was."""
     status = shard.stat()
     key = f"{shard.resolve()} {status.st_size} {status.st_mtime_ns}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ssl_distill" / "tar"
-    file = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
+    file = cache_folder() / "tar" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if file.is_file():
         return [tuple(row) for row in json.loads(file.read_text(encoding="utf-8"))]
     try:

@@ -6,6 +6,7 @@ the batch itself with von Mises-Fisher kernels; over prototypes it is the mean o
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,7 @@ class SphereEntropy(nn.Module):
         self,
         weight: float = 1.0,
         concentration: float = 10.0,
-        estimator: Callable[[Tensor, float], Tensor] = leave_one_out_entropy,
+        estimator: Callable[[Tensor, float], Any] = leave_one_out_entropy,
     ) -> None:
         super().__init__()
         if concentration <= 0:

@@ -19,7 +19,7 @@ def picture(seed=0, size=(60, 50)):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Eight good pictures in two classes, and one of every kind of trouble."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SSL_DISTILL_CACHE", str(tmp_path / "cache"))
     root = tmp_path / "data"
     for i, name in enumerate(("cat", "dog")):
         (root / name).mkdir(parents=True)
@@ -88,7 +88,7 @@ def test_a_read_only_folder_has_its_list_in_the_cache(folder, monkeypatch):
     beside.mkdir()  # nothing can be written there, even by root
     assert write_quarantine(folder, {"cat/text.png": "corrupt"}) == cached
     assert read_quarantine(folder) == ({"cat/text.png": "corrupt"}, cached)
-    assert os.environ["XDG_CACHE_HOME"] in str(cached)
+    assert os.environ["SSL_DISTILL_CACHE"] in str(cached)
 
 
 def test_a_list_of_files(folder):

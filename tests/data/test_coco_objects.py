@@ -113,7 +113,7 @@ def test_a_detectors_boxes(tmp_path):
 @pytest.fixture
 def gallery(tmp_path, monkeypatch):
     """Ten pictures in two folders, and objects of all but one; the json names them in another order."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SSL_DISTILL_CACHE", str(tmp_path / "cache"))
     random = np.random.default_rng(0)
     root = tmp_path / "pictures"
     entries = []

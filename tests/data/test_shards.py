@@ -22,7 +22,7 @@ SIZES = {"decode_size": 24, "eval_size": 16, "batch_size": 4, "eval_batch_size":
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("SSL_DISTILL_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

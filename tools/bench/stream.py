@@ -113,7 +113,7 @@ def main() -> None:
     workers, rounds = arguments.workers, arguments.rounds
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        os.environ["XDG_CACHE_HOME"] = str(root / "cache")
+        os.environ["SSL_DISTILL_CACHE"] = str(root / "cache")
         write_jpegs(root / "folder", arguments.images)
         print(f"{arguments.images} JPEGs, {workers} workers, n = {rounds}")
         optimize(root / "folder", root / "litdata", num_workers=workers)
