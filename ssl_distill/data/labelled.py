@@ -3,8 +3,8 @@
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from ssl_distill.data.module import ImageData
-from ssl_distill.data.resume import resume_position
+from ssl_distill.data.module import ImageData, check_sizes
+from ssl_distill.data.resume import resumed
 from ssl_distill.data.sampler import EpochSampler
 from ssl_distill.distributed import rank, world_size
 
@@ -19,8 +19,7 @@ class LabelledData(LightningDataModule):
 
     def __init__(self, images: ImageData, batch_size: int = 128) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        check_sizes({"batch_size": batch_size})
         self.images = images
         self.batch_size = batch_size
 
@@ -36,10 +35,7 @@ class LabelledData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled labelled batches; of a restored run, those that were not trained on yet."""
-        sampler = self._sampler()
-        if self.trainer is not None:
-            sampler.resume_at(*resume_position(self.trainer, sampler.num_batches))
-        return self.images._loader(self.images.parts.bank, self.batch_size, sampler)
+        return self.images._loader(self.images.parts.bank, self.batch_size, resumed(self._sampler(), self.trainer))
 
     def val_dataloader(self) -> DataLoader:
         """The images to predict."""

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from ssl_distill.data.resume import resume_position
+from ssl_distill.data.resume import resumed
 from ssl_distill.data.sampler import EpochSampler
 from ssl_distill.distributed import rank, world_size
 from ssl_distill.draws import run_seed
@@ -37,13 +37,66 @@ class BatchSet:
         return self.read([self.positions[item] for item in items])
 
 
-def check_sizes(num_workers: int, sizes: Mapping[str, int]) -> None:
-    """Refuse a negative number of loader processes, and sizes below 1."""
+def check_sizes(sizes: Mapping[str, int]) -> None:
+    """Refuse sizes below 1."""
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    if num_workers < 0:
-        raise ValueError(f"`num_workers` must be at least 0, got {num_workers}.")
+
+
+class EvaluatedData(LightningDataModule, ABC):
+    """What data modules of images and of lidar frames share: sizes, the seed, and loaders of whole batches.
+
+    Args:
+        batch_size: Training samples per rank.
+        num_workers: Loader processes; 0 reads in the training process.
+        eval_batch_size: Evaluation samples per batch and rank.
+        bank_size: Most samples that evaluators learn from.
+        query_size: Most samples that evaluators predict.
+        seed: Of everything random about the data; None is the run's, as `seed_everything` left it.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        num_workers: int,
+        eval_batch_size: int,
+        bank_size: int,
+        query_size: int,
+        seed: int | None,
+    ) -> None:
+        super().__init__()
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
+        check_sizes({**sizes, "bank_size": bank_size, "query_size": query_size})
+        if num_workers < 0:
+            raise ValueError(f"`num_workers` must be at least 0, got {num_workers}.")
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.eval_batch_size = eval_batch_size
+        self.bank_size = bank_size
+        self.query_size = query_size
+        self._seed = seed
+
+    @property
+    def seed(self) -> int:
+        """What everything random about the data follows from."""
+        return run_seed() if self._seed is None else self._seed
+
+    def _loader(self, dataset: Any, batch_size: int, sampler: Any = None) -> DataLoader:
+        """A loader of a data set that makes whole batches itself."""
+        return DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=_as_is,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
 
 
 class ImageParts(NamedTuple):
@@ -60,7 +113,7 @@ class ImageParts(NamedTuple):
     queries: BatchSet
 
 
-class ImageData(LightningDataModule, ABC):
+class ImageData(EvaluatedData):
     """Training batches without labels, and a labelled bank and queries for evaluation.
 
     Training order is a function of (seed, epoch), the same for any number of workers and ranks, and a restored run
@@ -95,24 +148,11 @@ class ImageData(LightningDataModule, ABC):
         query_size: int,
         seed: int | None,
     ) -> None:
-        super().__init__()
-        sizes = {"batch_size": batch_size, "decode_size": decode_size, "eval_size": eval_size}
-        sizes |= {"eval_batch_size": eval_batch_size, "bank_size": bank_size, "query_size": query_size}
-        check_sizes(num_workers, sizes)
-        self.batch_size = batch_size
-        self.num_workers = num_workers
+        super().__init__(batch_size, num_workers, eval_batch_size, bank_size, query_size, seed)
+        check_sizes({"decode_size": decode_size, "eval_size": eval_size})
         self.decode_size = decode_size
         self.eval_size = eval_size
-        self.eval_batch_size = eval_batch_size
-        self.bank_size = bank_size
-        self.query_size = query_size
-        self._seed = seed
         self._parts: ImageParts | None = None
-
-    @property
-    def seed(self) -> int:
-        """What everything random about the data follows from."""
-        return run_seed() if self._seed is None else self._seed
 
     @abstractmethod
     def load(self) -> ImageParts:
@@ -134,10 +174,7 @@ class ImageData(LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches without labels; of a restored run, those that were not trained on yet."""
-        sampler = self._sampler()
-        if self.trainer is not None:
-            sampler.resume_at(*resume_position(self.trainer, sampler.num_batches))
-        return self._loader(self.parts.train, self.batch_size, sampler)
+        return self._loader(self.parts.train, self.batch_size, resumed(self._sampler(), self.trainer))
 
     def val_dataloader(self) -> list[DataLoader]:
         """Labelled batches: bank, queries."""
@@ -145,23 +182,3 @@ class ImageData(LightningDataModule, ABC):
 
     def _sampler(self) -> EpochSampler:
         return EpochSampler(self.parts.train, self.batch_size, self.seed, world_size(), rank())
-
-    def _loader(self, images: BatchSet, batch_size: int, sampler: EpochSampler | None = None) -> DataLoader:
-        return batch_loader(images, batch_size, sampler, self.num_workers)
-
-
-def batch_loader(dataset: Any, batch_size: int, sampler: Any, num_workers: int) -> DataLoader:
-    """A loader of a data set that makes whole batches itself."""
-    return DataLoader(
-        dataset,
-        batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=_as_is,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=num_workers > 0,
-    )
-
-
-def _as_is(batch: Any) -> Any:
-    return batch

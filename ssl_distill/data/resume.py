@@ -6,6 +6,15 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.loop import _Loop
 
+from ssl_distill.data.sampler import EpochSampler
+
+
+def resumed(sampler: EpochSampler, trainer: Trainer | None) -> EpochSampler:
+    """The sampler, of a restored run at what was not trained on yet; to be called in `train_dataloader()`."""
+    if trainer is not None:
+        sampler.resume_at(*resume_position(trainer, sampler.num_batches))
+    return sampler
+
 
 def resume_position(trainer: Trainer, num_batches: int) -> tuple[int, int]:
     """Epoch and batches of it that are done, with Lightning's restored counters made to agree.

@@ -1,21 +1,20 @@
 """What all lidar data modules share: training samples, exact resume, whole scans for evaluation."""
 
 import logging
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ssl_distill.data.module import batch_loader, check_sizes
-from ssl_distill.data.resume import resume_position
+from ssl_distill.data.module import EvaluatedData
+from ssl_distill.data.resume import resumed
 from ssl_distill.data.sampler import EpochSampler
 from ssl_distill.distributed import rank, world_size
-from ssl_distill.draws import Draws, run_seed
+from ssl_distill.draws import Draws
 from ssl_distill.lidar.frames import Frames, LidarCameraFrame
 from ssl_distill.lidar.preparation import Preparation
 from ssl_distill.lidar.samples import PairedSamples, Samples, evaluation_scan, join_scans, sample_draws
@@ -135,7 +134,7 @@ class EpochItems(EpochSampler):
         return (start + position for position in super().__iter__())
 
 
-class LidarData(LightningDataModule, ABC):
+class LidarData(EvaluatedData):
     """Training samples from lidar frames, and labelled whole scans for evaluation.
 
     Training order and every random number are functions of (seed, epoch), for any number of workers, and a restored run
@@ -169,23 +168,10 @@ class LidarData(LightningDataModule, ABC):
         query_size: int,
         seed: int | None,
     ) -> None:
-        super().__init__()
-        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size}
-        check_sizes(num_workers, {**sizes, "bank_size": bank_size, "query_size": query_size})
+        super().__init__(batch_size, num_workers, eval_batch_size, bank_size, query_size, seed)
         self.samples = samples or PairedSamples()
         self.preparation = preparation or Preparation()
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.eval_batch_size = eval_batch_size
-        self.bank_size = bank_size
-        self.query_size = query_size
-        self._seed = seed
         self._parts: LidarParts | None = None
-
-    @property
-    def seed(self) -> int:
-        """What everything random about the data follows from."""
-        return run_seed() if self._seed is None else self._seed
 
     @property
     def num_classes(self) -> int | None:
@@ -222,10 +208,7 @@ class LidarData(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader:
         """Shuffled samples; of a restored run, those that were not trained on yet."""
         dataset = self.training_set()
-        sampler = self._sampler(dataset)
-        if self.trainer is not None:
-            sampler.resume_at(*resume_position(self.trainer, sampler.num_batches))
-        return self._loader(dataset, self.batch_size, sampler)
+        return self._loader(dataset, self.batch_size, resumed(self._sampler(dataset), self.trainer))
 
     def val_dataloader(self) -> list[DataLoader]:
         """Whole scans: bank, queries."""
@@ -254,9 +237,6 @@ class LidarData(LightningDataModule, ABC):
 
     def _sampler(self, dataset: TrainingSet) -> EpochItems:
         return EpochItems(dataset, self.batch_size, self.seed, world_size(), rank())
-
-    def _loader(self, dataset: TrainingSet | EvaluationSet, batch_size: int, sampler: Any) -> DataLoader:
-        return batch_loader(dataset, batch_size, sampler, self.num_workers)
 
 
 class _Joined:
