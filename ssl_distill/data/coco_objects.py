@@ -12,6 +12,7 @@ from ssl_distill.data.coco_json import CocoImage, ObjectUnit, bounds, rasterize,
 from ssl_distill.data.images import decode, evaluation_view, squash
 from ssl_distill.data.module import BatchSet, ImageData, ImageParts
 from ssl_distill.data.object_labels import LabelledObjectBatch
+from ssl_distill.data.shared_batch import empty_batch
 from ssl_distill.data.sources import FileSource, ImageSource, open_packed, shards_in
 
 
@@ -157,17 +158,17 @@ class CocoFiles:
         size, most = self.decode_size, self.max_objects
         boxes = torch.zeros(len(positions), most, 4)
         masks = torch.zeros(len(positions), most, size, size, dtype=torch.bool)
-        pictures = []
+        pictures = empty_batch(len(positions), size)
         for row, position in enumerate(positions):
             image = self.images[position]
-            pictures.append(squash(self._read(position), size))
+            pictures[row] = squash(self._read(position), size)
             for place, parts in enumerate(image.objects[:most]):
                 scale = torch.tensor([image.width, image.height] * 2)
                 boxes[row, place] = torch.tensor(bounds(parts)) / scale
                 masks[row, place] = rasterize(parts, (image.height, image.width), (size, size))
         sizes = torch.tensor([[self.images[i].height, self.images[i].width] for i in positions], dtype=torch.float32)
         counts = torch.tensor([min(len(self.images[i].objects), most) for i in positions])
-        return ObjectBatch(torch.stack(pictures), sizes, torch.as_tensor(positions), boxes, counts, masks)
+        return ObjectBatch(pictures, sizes, torch.as_tensor(positions), boxes, counts, masks)
 
     def labelled_batch(self, positions: Sequence[int]) -> LabelledObjectBatch:
         """Central squares, with the largest object of each."""

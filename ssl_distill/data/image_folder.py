@@ -15,6 +15,7 @@ from ssl_distill.data.batch import ImageBatch, LabelledBatch
 from ssl_distill.data.image_paths import Labels, check_root, find_images, in_class_order
 from ssl_distill.data.images import decode, evaluation_view, squash
 from ssl_distill.data.module import BatchSet, ImageData, ImageParts
+from ssl_distill.data.shared_batch import empty_batch
 from ssl_distill.data.sources import FoundImage, ImageSource
 
 log = logging.getLogger(__name__)
@@ -150,13 +151,13 @@ class ImageFiles:
         self.corrupt = torch.zeros(len(in_source), dtype=torch.bool).share_memory_()  # one for all loader processes
 
     def image_batch(self, positions: Sequence[int]) -> ImageBatch:
-        """Whole images, squashed to squares; in a loader process stacked in shared memory at once, not copied there."""
-        squashed, sizes = [], []
-        for position in positions:  # one after the other, while the decoded image is in the cache
+        """Whole images, squashed to squares."""
+        squashed, sizes = empty_batch(len(positions), self.decode_size), []
+        for row, position in enumerate(positions):
             image = self._read(position)[0]
-            squashed.append(squash(image, self.decode_size))
+            squashed[row] = squash(image, self.decode_size)
             sizes.append(image.shape[1:])
-        return ImageBatch(default_collate(squashed), torch.tensor(sizes, dtype=torch.float32), torch.tensor(positions))
+        return ImageBatch(squashed, torch.tensor(sizes, dtype=torch.float32), torch.tensor(positions))
 
     def labelled_batch(self, positions: Sequence[int]) -> LabelledBatch:
         """Central squares, with the labels of the files that were read."""
