@@ -321,6 +321,10 @@ SHAPES_DATA = "ssl_distill.data.shapes.ShapesData"
 BAD_COMMANDS = [
     ("fitt -c tiny.yaml", "there is no command 'fitt'; did you mean fit?"),
     ("fit", "`data` and `model` must be given"),
+    (
+        f"fit --model {METHOD} --data ImageFolderData",
+        "`root` must be given, in a config (-c FILE) or by --data.root VAL",
+    ),
     ("fit -c none.yaml", "File does not exist"),
     ("preview", "the following arguments are required: -c/--config"),
     ("preview -c tiny.yaml -n 0", "`-n` must be at least 1, got 0"),

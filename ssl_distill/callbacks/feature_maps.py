@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ssl_distill.callbacks.pictures import are_images, draws_pictures, harmless, publish
+from ssl_distill.callbacks.pictures import are_images, draws_pictures, first_of_each, harmless, publish
 from ssl_distill.callbacks.views_picture import picture_table
 from ssl_distill.evaluate.image_maps import image_maps, pca_colors
 
@@ -31,7 +31,7 @@ class FeatureMaps(Callback):
     dropped. Loggers that take pictures get them too. Encoders that are no image networks of timm's kind are skipped.
 
     Args:
-        picture_rows: Images, the first of the queries; 0 for no pictures.
+        picture_rows: Images, the first of the queries, each once; 0 for no pictures.
     """
 
     def __init__(self, picture_rows: int = 6) -> None:
@@ -61,10 +61,11 @@ class FeatureMaps(Callback):
         wanted = dataloader_idx == 1 and self.picture_rows and draws_pictures(trainer, pl_module)
         if not wanted or not are_images(image):
             return
-        if self._images is None:
-            self._images = image[: self.picture_rows]
-        elif (missing := self.picture_rows - len(self._images)) > 0:
-            self._images = torch.cat([self._images, image[:missing]])
+        if self._images is not None:
+            if len(self._images) == self.picture_rows:
+                return
+            image = torch.cat([self._images, image])
+        self._images = image[first_of_each(image)][: self.picture_rows]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Encode on all ranks, since weights may be sharded, and draw on the first."""

@@ -1,7 +1,8 @@
 """What an encoder holds for alike, as a picture."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -9,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from ssl_distill.callbacks.pictures import are_images, draws_pictures, harmless, publish
+from ssl_distill.callbacks.pictures import are_images, draws_pictures, first_of_each, harmless, publish
 from ssl_distill.callbacks.views_picture import picture_table
 from ssl_distill.evaluate.features import encode
 
@@ -22,9 +23,9 @@ class Neighbours(Callback):
     """Draws the nearest images of the same few queries, before training and now, at every validation.
 
     Near is a high cosine of the first encoder's features. Neighbours are sought among the first images of the bank, of
-    which only small copies are kept. Where classes are known, neighbours of the query's class have a blue frame, others
-    an orange one. `neighbours.png` is in the run folder; loggers that take pictures get it too. Encoders that take no
-    images are skipped.
+    which only small copies are kept. Where classes of whole images are known, neighbours of the query's class have a
+    blue frame, others an orange one. `neighbours.png` is in the run folder; loggers that take pictures get it too.
+    Encoders that take no images are skipped.
 
     Args:
         picture_rows: Queries, the first of all; 0 for no picture.
@@ -73,36 +74,41 @@ class Neighbours(Callback):
         if not self._bank.features or not self._queries.features:
             return
         with harmless("neighbours"):
-            queries, bank = (normalize(torch.cat(side.features).float(), dim=1) for side in (self._queries, self._bank))
-            found = (queries @ bank.T).topk(min(self.num_neighbours, len(bank)), dim=1).indices.cpu()
+            queries, bank = self._queries.each_once(), self._bank.each_once()
+            similarity = normalize(queries.features, dim=1) @ normalize(bank.features, dim=1).T
+            found = similarity.topk(min(self.num_neighbours, len(bank.features)), dim=1).indices.cpu()
             if self.first_found is None or self.first_found[1].shape != found.shape:
                 self.first_found = (trainer.global_step, found)
-            publish(trainer, "neighbours", lambda path: self._draw(trainer.global_step, found, path))
+            by_step = dict([self.first_found, (trainer.global_step, found)])
+            publish(trainer, "neighbours", lambda path: _draw(queries, bank, by_step, path))
         self._bank, self._queries = _Images(0), _Images(0)
 
-    def _draw(self, step: int, found: Int[Tensor, "Q k"], path: Path) -> None:
-        """Queries, their neighbours at first, and now."""
-        assert self.first_found is not None
-        columns = [("query", list(_cells(torch.cat(self._queries.images))))]
-        blocks = [self.first_found, (step, found)] if self.first_found[0] != step else [self.first_found]
-        for at_step, positions in blocks:
-            for rank in range(positions.shape[1]):
-                title = f"step {at_step:,}" if rank == 0 else ""
-                columns.append((title, self._framed(positions[:, rank])))
-        picture_table(columns).save(path)
 
-    def _framed(self, positions: Int[Tensor, "Q"]) -> list[Float[Tensor, "3 S S"]]:
-        labels, own = torch.cat(self._bank.labels)[positions], torch.cat(self._queries.labels)
-        framed = []
-        images = _cells(torch.cat(self._bank.images)[positions])
-        for image, label, right in zip(images, labels, own, strict=True):
-            if label < 0 or right < 0:
-                framed.append(image)
-                continue
-            frame = torch.tensor(_SAME if label == right else _OTHER).view(3, 1, 1).expand_as(image).clone()
-            frame[:, _FRAME:-_FRAME, _FRAME:-_FRAME] = image[:, _FRAME:-_FRAME, _FRAME:-_FRAME]
-            framed.append(frame)
-        return framed
+class _Seen(NamedTuple):
+    """Images with their features and classes, -1 where there is none."""
+
+    features: Float[Tensor, "B D"]
+    images: UInt8[Tensor, "B 3 S S"]
+    labels: Int[Tensor, "B"]
+
+
+def _draw(queries: _Seen, bank: _Seen, found: Mapping[int, Int[Tensor, "Q k"]], path: Path) -> None:
+    """Queries, and what was found for them in the bank at each step."""
+    columns = [("query", list(_cells(queries.images)))]
+    for step, positions in found.items():
+        for rank, column in enumerate(positions.unbind(1)):
+            framed = map(_framed, _cells(bank.images[column]), bank.labels[column].tolist(), queries.labels.tolist())
+            columns.append((f"step {step:,}" if rank == 0 else "", list(framed)))
+    picture_table(columns).save(path)
+
+
+def _framed(image: Float[Tensor, "3 S S"], label: int, query_label: int) -> Float[Tensor, "3 S S"]:
+    """In the colour of a right or wrong neighbour, if that is known."""
+    if min(label, query_label) < 0:
+        return image
+    frame = torch.tensor(_SAME if label == query_label else _OTHER).view(3, 1, 1).expand_as(image).clone()
+    frame[:, _FRAME:-_FRAME, _FRAME:-_FRAME] = image[:, _FRAME:-_FRAME, _FRAME:-_FRAME]
+    return frame
 
 
 def _cells(images: UInt8[Tensor, "B 3 S S"]) -> Float[Tensor, "B 3 _ _"]:
@@ -124,6 +130,12 @@ class _Images:
         self.features.append(encode(encoder, prepare(image)))
         self.images.append((image if image.shape[2] <= _CELL else (255 * _cells(image)).byte()).cpu())
         label = getattr(batch, "label", None)
-        known = isinstance(label, Tensor) and label.ndim == 1
+        known = isinstance(label, Tensor) and label.ndim == 1 and not hasattr(batch, "mask")  # not an object's
         self.labels.append(label[: len(image)].cpu() if known else torch.full((len(image),), -1))  # type: ignore[index]
         self.missing -= len(image)
+
+    def each_once(self) -> _Seen:
+        """All of them; one that comes once per object is kept once."""
+        images = torch.cat(self.images)
+        kept = first_of_each(images)
+        return _Seen(torch.cat(self.features)[kept].float(), images[kept], torch.cat(self.labels)[kept])

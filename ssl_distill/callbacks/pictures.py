@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+from jaxtyping import Bool, UInt8
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -25,6 +26,12 @@ def draws_pictures(trainer: Trainer, pl_module: Any) -> bool:
 def are_images(value: Any) -> TypeGuard[Tensor]:
     """Whether this is a batch of RGB bytes, and not of points or whatever else a method may learn from."""
     return isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] == 3 and value.dtype == torch.uint8
+
+
+def first_of_each(images: UInt8[Tensor, "B 3 S S"]) -> Bool[Tensor, "B"]:
+    """Rows that differ from the one before: an image with several labelled objects comes once for each of them."""
+    differs = (images[1:] != images[:-1]).flatten(1).any(1)
+    return torch.cat([differs.new_ones(1), differs])
 
 
 def publish(trainer: Trainer, name: str, draw: Callable[[Path], None]) -> None:

@@ -42,7 +42,8 @@ def explain(error: BaseException, known_keys: Iterable[str]) -> str:
     address = ".".join(key)
     if found := re.search(r"arguments are required: (.+)", message):
         names = [name.rpartition(".")[2] for name in found[1].split(", ")]
-        options = " ".join(f"--{name} CLASS" for name in names)
+        group = ".".join(part for part in key if part != "init_args")
+        options = " ".join(f"--{group}.{name} VALUE" if group else f"--{name} CLASS" for name in names)
         return f"{' and '.join(f'`{name}`' for name in names)} must be given, in a config (-c FILE) or by {options}."
     if found := re.search(r"unrecognized arguments: ([^-]\S*)", message):
         return f"{found[1]!r} belongs to no option; write --key value."

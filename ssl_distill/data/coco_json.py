@@ -67,11 +67,11 @@ def read_coco(
             f"`annotations` {annotations} must be COCO's json with images (id, file_name, height, width) and"
             f" annotations (image_id, bbox): {type(error).__name__} {error}."
         ) from error
-    missing = [path for path in paths.values() if not is_there(path)]
+    missing = [entries[key]["file_name"] for key, path in paths.items() if not is_there(path)]
     if missing:
         raise ValueError(
             f"`annotations` {annotations} names {len(missing)} of {len(paths)} files that are not in {images}, such as"
-            f" {missing[0].relative_to(images)}."
+            f" {missing[0]}."
         )
     categories = sorted(content.get("categories", []), key=lambda each: each["id"])
     number = {each["id"]: label for label, each in enumerate(categories)}

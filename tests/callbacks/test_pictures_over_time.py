@@ -11,6 +11,8 @@ from torch import nn
 from ssl_distill.augment.multi_crop import MultiCropAugment
 from ssl_distill.callbacks.feature_maps import FeatureMaps
 from ssl_distill.callbacks.neighbours import Neighbours
+from ssl_distill.data.batch import LabelledBatch
+from ssl_distill.data.object_labels import LabelledObjectBatch
 from ssl_distill.data.shapes import ShapesData
 from ssl_distill.heads.prototype import PrototypeHead
 from ssl_distill.methods.dino import DINO
@@ -111,32 +113,80 @@ def test_many_validations_are_thinned(tmp_path):
     assert (steps[0], steps[-1]) == (0, 24)
 
 
-def test_neighbours_are_the_nearest(monkeypatch):
-    class Colors(nn.Module):
-        def forward(self, images):
-            return images.mean((2, 3))
+class Colors(nn.Module):
+    def forward(self, images):
+        return images.mean((2, 3))
 
-    class Method:
-        def encoders(self):
-            return {"colors": Colors()}
 
-        def prepare(self, image):
-            return image / 255
+class ColorMethod:
+    def encoders(self):
+        return {"colors": Colors()}
 
-    class Batch:
-        def __init__(self, colors):
-            self.image = torch.tensor(colors, dtype=torch.uint8).view(-1, 3, 1, 1).expand(-1, 3, 8, 8)
-            self.label = torch.arange(len(colors))
+    def prepare(self, image):
+        return image / 255
 
-    callback = Neighbours(num_neighbours=1)
-    trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_checkpointing=False)
+
+def plain_images(colors):
+    return torch.tensor(colors, dtype=torch.uint8).view(-1, 3, 1, 1).expand(-1, 3, 8, 8)
+
+
+def labelled(colors):
+    return LabelledBatch(plain_images(colors), torch.arange(len(colors)), torch.arange(len(colors)))
+
+
+def with_objects(colors, num_objects):
+    images = plain_images(colors).repeat_interleave(num_objects, dim=0)
+    numbers = torch.arange(len(images))
+    return LabelledObjectBatch(images, numbers, numbers, torch.ones(len(images), 8, 8, dtype=torch.bool))
+
+
+def see(callback, folder, bank, queries):
+    trainer = Trainer(
+        logger=False,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_checkpointing=False,
+        default_root_dir=folder,
+    )
     trainer.state.fn = "fit"
-    callback.on_validation_start(trainer, Method())
-    callback.on_validation_batch_end(trainer, Method(), None, Batch([[200, 0, 0], [0, 200, 9], [0, 9, 200]]), 0, 0)
-    callback.on_validation_batch_end(trainer, Method(), None, Batch([[9, 9, 99], [99, 20, 9]]), 0, 1)
-    monkeypatch.setattr("ssl_distill.callbacks.neighbours.publish", lambda *args: None)
-    callback.on_validation_epoch_end(trainer, Method())
+    callback.on_validation_start(trainer, ColorMethod())
+    for loader, batches in enumerate((bank, queries)):
+        for number, batch in enumerate(batches):
+            callback.on_validation_batch_end(trainer, ColorMethod(), None, batch, number, loader)
+    callback.on_validation_epoch_end(trainer, ColorMethod())
+
+
+BLUE, ORANGE = (33, 140, 242), (242, 140, 26)
+
+
+def frames(path):
+    with Image.open(path) as picture:
+        return {color for _, color in picture.getcolors(2**16)} & {BLUE, ORANGE}
+
+
+BANK, QUERIES = [[200, 0, 0], [0, 200, 9], [0, 9, 200]], [[9, 9, 99], [99, 20, 9]]
+
+
+def test_neighbours_are_the_nearest(tmp_path):
+    callback = Neighbours(num_neighbours=1)
+    see(callback, tmp_path, [labelled(BANK)], [labelled(QUERIES)])  # labels 0 1 2, and 0 1
     assert callback.first_found[1].tolist() == [[2], [0]]
+    assert frames(tmp_path / "neighbours.png") == {ORANGE}
+
+
+def test_an_image_with_several_objects_is_shown_once(tmp_path):
+    callback = Neighbours(num_neighbours=2)
+    see(callback, tmp_path, [with_objects(BANK, 3)], [with_objects(QUERIES[:1], 2), with_objects(QUERIES[1:], 2)])
+    assert callback.first_found[1].tolist() == [[2, 1], [0, 1]]
+    assert size_of(tmp_path / "neighbours.png") == (3 * 100, 16 + 2 * 100)
+    assert not frames(tmp_path / "neighbours.png")  # an object's class is not its image's
+    maps = FeatureMaps(3)
+    colored = [with_objects([[value, 0, 0]], 2) for value in (1, 2, 2, 3, 4)]
+    for number, batch in enumerate(colored):
+        trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_checkpointing=False)
+        trainer.state.fn = "fit"
+        maps.on_validation_batch_end(trainer, ColorMethod(), None, batch, number, 1)
+    assert maps._images[:, 0, 0, 0].tolist() == [1, 2, 3]
 
 
 def test_pictures_never_break_a_run(tmp_path, monkeypatch):
