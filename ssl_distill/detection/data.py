@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ssl_distill.data.coco_json import rasterize, read_coco
 from ssl_distill.data.images import read_image
+from ssl_distill.data.loader_process import outlive_requests
 from ssl_distill.data.shapes import SHAPES, ShapesData
 
 Example = tuple[Tensor, dict[str, Tensor]]
@@ -121,7 +122,9 @@ class DetectionData(LightningDataModule):
 
 def detection_loader(examples: Dataset, batch_size: int, shuffle: bool, num_workers: int = 0) -> DataLoader:
     """Batches as lists of images and of targets, since sizes differ."""
-    return DataLoader(examples, batch_size, shuffle, num_workers=num_workers, collate_fn=_as_lists)
+    return DataLoader(
+        examples, batch_size, shuffle, num_workers=num_workers, collate_fn=_as_lists, worker_init_fn=outlive_requests
+    )
 
 
 def _as_lists(examples: Sequence[Example]) -> tuple[list[Tensor], list[dict[str, Tensor]]]:

@@ -30,17 +30,18 @@ def head(in_dim, num_prototypes):
 class AskAt(Callback):
     """Another process wants the machine."""
 
-    def __init__(self, step, number, rank=0):
+    def __init__(self, step, number, rank=0, ask=os.kill):
         self.step = step
         self.number = number
         self.rank = rank
+        self.ask = ask
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if (trainer.global_step, trainer.global_rank) == (self.step, self.rank):
-            os.kill(os.getpid(), self.number)
+            self.ask(os.getpid(), self.number)
 
 
-def fit(folder, *callbacks, ranks=1, every_n_steps=1, **kwargs):
+def fit(folder, *callbacks, ranks=1, every_n_steps=1, num_workers=0, **kwargs):
     pl.seed_everything(0, verbose=False)
     augment = MultiCropAugment(global_size=32, num_local=0)
     rate = Cosine(1e-3, 1e-5)
@@ -60,7 +61,7 @@ def fit(folder, *callbacks, ranks=1, every_n_steps=1, **kwargs):
         **kwargs,
     )
     ckpt_path = folder / "last.ckpt" if (folder / "last.ckpt").exists() else None
-    trainer.fit(method, ShapesData(num_images=24, batch_size=8 // ranks), ckpt_path=ckpt_path)
+    trainer.fit(method, ShapesData(num_images=24, batch_size=8 // ranks, num_workers=num_workers), ckpt_path=ckpt_path)
     return method.state_dict()
 
 
@@ -98,6 +99,22 @@ def test_ranks(tmp_path):
         port = probe.getsockname()[1]
     multiprocessing.spawn(run_rank, (port, tmp_path), nprocs=2)
     assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["75", "75"]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
+
+
+def run_in_group(_, folder, number):
+    torch.set_num_threads(1)
+    os.setsid()
+    try:
+        fit(folder, AskAt(1, number, ask=os.killpg), num_workers=2)
+    except SystemExit as stopped:
+        (folder / "code").write_text(str(stopped.code))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_schedulers_signal_loader_processes_too(number, tmp_path):
+    multiprocessing.spawn(run_in_group, (tmp_path, number), nprocs=1)
+    assert (tmp_path / "code").read_text() == "75"
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
 
 

@@ -1,0 +1,26 @@
+"""What a loader process does when a scheduler asks a whole job to stop."""
+
+import os
+import signal
+import threading
+
+_REQUESTS = {signal.SIGTERM, signal.SIGUSR1} if hasattr(signal, "sigwaitinfo") else set()  # not on macOS and Windows
+
+
+def outlive_requests(worker_id: int) -> None:
+    """A `worker_init_fn`: only the training process ends a loader process.
+
+    SLURM and others signal all processes of a job. The training process then finishes its step and saves a checkpoint
+    (`Preemption`); a loader process that ended at once would end the run with an error before that.
+    """
+    if _REQUESTS:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)  # for this thread, and those that it starts
+        threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    """`DataLoader` ends what is left of its processes by SIGTERM."""
+    while True:
+        request = signal.sigwaitinfo(_REQUESTS)
+        if request.si_signo == signal.SIGTERM and request.si_pid == os.getppid():
+            os._exit(0)
