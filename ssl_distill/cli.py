@@ -28,7 +28,7 @@ _HELP = """usage: ssl-distill COMMAND [options]
 
 Start here:
   ssl-distill fit -c configs/quickstart.yaml
-  ssl-distill fit -c configs/dino/folder_vits16.yaml --data.init_args.root DIR
+  ssl-distill fit -c configs/dino/folder_cpu.yaml --data.init_args.root DIR
   ssl-distill fit -c CONFIG --ckpt_path last             go on where a run stopped
   ssl-distill validate -c RUN/config.yaml --ckpt_path RUN/last.ckpt
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from fit_runs import SEEDS
+from PIL import Image
 
 from ssl_distill.data.fashion_mnist import FashionMNISTData
 from ssl_distill.evaluate.features import Features
@@ -65,6 +66,30 @@ def test_quickstart(fit, seed):
     assert not_collapsed(run, 1024)
     assert run.gain("knn_top1", encoder) >= 10
     assert run.gain("linear_top1", encoder) >= 18
+
+
+@pytest.fixture(scope="module")
+def garment_files(tmp_path_factory):
+    """Options that name folders with 10,000 photographs and 1,000 others, a folder per class, as they are on disks."""
+    root = tmp_path_factory.mktemp("garments")
+    data = FashionMNISTData(batch_size=128)
+    for name, part, count in (("root", data.parts.bank, 10_000), ("val_root", data.parts.queries, 1000)):
+        batch = part.read(range(count))
+        for number, (image, label) in enumerate(zip(batch.image, batch.label.tolist(), strict=True)):
+            folder = root / name / data.class_names[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0, 2:30, 2:30].numpy()).save(folder / f"{number:05}.png")  # without the padding
+    return [f"--data.init_args.{name}={root / name}" for name in ("root", "val_root")]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_folder_on_a_cpu(fit, garment_files, seed):
+    epochs = ["--trainer.max_epochs", "2", "--trainer.check_val_every_n_epoch", "2"]
+    run = fit("dino_folder_cpu", "dino/folder_cpu.yaml", seed, *garment_files, *epochs)
+    encoder = run.better()
+    assert not_collapsed(run, 1024)
+    assert run.gain("knn_top1", encoder) >= 10
+    assert run.gain("linear_top1", encoder) >= 10
 
 
 def test_collapse_is_seen(fit):
