@@ -1,5 +1,6 @@
 """What a loader process does when a scheduler asks a whole job to stop."""
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -20,7 +21,9 @@ def outlive_requests(worker_id: int) -> None:
 
 def _wait_for_parent() -> None:
     """`DataLoader` ends what is left of its processes by SIGTERM."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
     while True:
         request = signal.sigwaitinfo(_REQUESTS)
-        if request.si_signo == signal.SIGTERM and request.si_pid == os.getppid():
+        if (request.si_signo, request.si_pid) == (signal.SIGTERM, parent.pid):
             os._exit(0)
