@@ -102,11 +102,16 @@ def test_ranks(tmp_path):
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
 
 
+def ask_group(group, number):
+    """From a process of its own, as a scheduler does: loader processes obey their parent."""
+    subprocess.run(["kill", f"-{int(number)}", "--", f"-{group}"], check=True, start_new_session=True)
+
+
 def run_in_group(_, folder, number):
     torch.set_num_threads(1)
     os.setsid()
     try:
-        fit(folder, AskAt(1, number, ask=os.killpg), num_workers=2)
+        fit(folder, AskAt(1, number, ask=ask_group), num_workers=2)
     except SystemExit as stopped:
         (folder / "code").write_text(str(stopped.code))
 
