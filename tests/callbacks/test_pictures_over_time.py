@@ -140,7 +140,8 @@ def with_objects(colors, num_objects):
     return LabelledObjectBatch(images, numbers, numbers, torch.ones(len(images), 8, 8, dtype=torch.bool))
 
 
-def see(callback, folder, bank, queries):
+def fitting_trainer(folder):
+    """One that callbacks take for a run, without running it."""
     trainer = Trainer(
         logger=False,
         accelerator="cpu",
@@ -149,6 +150,11 @@ def see(callback, folder, bank, queries):
         default_root_dir=folder,
     )
     trainer.state.fn = "fit"
+    return trainer
+
+
+def see(callback, folder, bank, queries):
+    trainer = fitting_trainer(folder)
     callback.on_validation_start(trainer, ColorMethod())
     for loader, batches in enumerate((bank, queries)):
         for number, batch in enumerate(batches):
@@ -182,9 +188,8 @@ def test_an_image_with_several_objects_is_shown_once(tmp_path):
     assert not frames(tmp_path / "neighbours.png")  # an object's class is not its image's
     maps = FeatureMaps(3)
     colored = [with_objects([[value, 0, 0]], 2) for value in (1, 2, 2, 3, 4)]
+    trainer = fitting_trainer(tmp_path)
     for number, batch in enumerate(colored):
-        trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_checkpointing=False)
-        trainer.state.fn = "fit"
         maps.on_validation_batch_end(trainer, ColorMethod(), None, batch, number, 1)
     assert maps._images[:, 0, 0, 0].tolist() == [1, 2, 3]
 
@@ -198,12 +203,11 @@ def test_pictures_never_break_a_run(tmp_path, monkeypatch):
         fit(tmp_path, "convnet_nano", [Neighbours()], max_epochs=1)
 
 
-def test_batches_without_images_are_skipped():
+def test_batches_without_images_are_skipped(tmp_path):
     class Points:
         features = torch.zeros(3, 5)
 
-    trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_checkpointing=False)
-    trainer.state.fn = "fit"
+    trainer = fitting_trainer(tmp_path)
     for callback in (FeatureMaps(), Neighbours()):
         callback.on_validation_start(trainer, None)
         for loader in (0, 1, 2):

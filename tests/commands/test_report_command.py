@@ -169,7 +169,8 @@ addEventListener("load", () => setTimeout(() => {
   chart.dispatchEvent(new PointerEvent("pointermove", { clientX: box.right - 20, clientY: box.top + 20 }));
   const images = [...document.images].every((image) => image.naturalWidth > 50);
   const wide = document.documentElement.scrollWidth > innerWidth;
-  document.title = JSON.stringify({ images, wide, values: values.innerText });
+  const [entry] = performance.getEntriesByType("navigation");
+  document.title = JSON.stringify({ images, wide, ms: entry.loadEventStart, values: values.innerText });
 }));
 </script>"""
 
@@ -191,6 +192,7 @@ def test_a_browser_opens_it(runs, tmp_path, scheme):
     seen = json.loads(re.search(r"<title>(.*?)</title>", browse("--dump-dom", "--virtual-time-budget=5000"))[1])
     assert seen["images"]
     assert not seen["wide"]  # nothing sticks out sideways
+    assert seen["ms"] < 2000
     assert re.match(r"step \d+\s+a\s+[\d.]+", seen["values"])
     browse(f"--screenshot={tmp_path / 'page.png'}")
     with Image.open(tmp_path / "page.png") as shot:
