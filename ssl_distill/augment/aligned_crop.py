@@ -4,13 +4,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
-from ssl_distill.augment.checks import check_probability, check_range
-from ssl_distill.augment.color import DRAWS_PER_COLOR, ColorRecipe
-from ssl_distill.augment.cut import cut_views
-from ssl_distill.augment.geometry import DRAWS_PER_CROP, sample_crops, to_squashed
+from ssl_distill.augment.base import ViewAugment
+from ssl_distill.augment.color import ColorRecipe
+from ssl_distill.augment.crops import RandomCrop, check_channels, check_count, color_crops, color_draws, crop_draws
+from ssl_distill.augment.geometry import CropBoxes
 from ssl_distill.augment.multi_crop import IMAGENET_MEAN, IMAGENET_STD
 from ssl_distill.augment.overlap import crop_box, intersection, move_to_overlap
 from ssl_distill.augment.stratified import num_samples, project_positions, stratified_patches
@@ -19,7 +19,7 @@ from ssl_distill.draws import Draws
 from ssl_distill.views import AlignedCrops, TokenPositions
 
 UDI_COLORS = ColorRecipe(blur_probability=0.425, solarize_probability=0.1)
-"""Colours of all crops. Deviation: the official code blurs and solarises less often at once; shares are its own."""
+"""Colours of all crops."""
 
 _GLOBAL_STREAM, _LOCAL_STREAM, _SAMPLE_STREAM = 0, 1, 2
 
@@ -37,8 +37,13 @@ class Placed(NamedTuple):
     flip: Bool[Tensor, "V B"]
     boxes: Float[Tensor, "V B 4"]
 
+    @property
+    def place(self) -> CropBoxes:
+        """Where the crops are cut."""
+        return CropBoxes(self.boxes_xyxy, self.flip)
 
-class AlignedCropAugment(nn.Module):
+
+class AlignedCropAugment(ViewAugment[AlignedCrops]):
     """Global and local crops that overlap, and sampled points of each in the others. The defaults are UDI's.
 
     The first global crop lies anywhere, the second is moved to overlap it, local ones to overlap what these share.
@@ -83,8 +88,8 @@ class AlignedCropAugment(nn.Module):
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
-        if num_local < 0:
-            raise ValueError(f"`num_local` must be at least 0 (0: no local crops), got {num_local}.")
+        check_count({"num_local": num_local})
+        check_channels(mean, std)
         self.global_grid = _patches_along(global_size, patch_size, "global_size")
         self.local_grid = _patches_along(local_size, patch_size, "local_size")
         for name, window, grid in (
@@ -93,74 +98,71 @@ class AlignedCropAugment(nn.Module):
         ):
             if not 1 <= window <= grid:
                 raise ValueError(f"`{name}` must be from 1 to {grid}, the crop's patches along a side, got {window}.")
-        check_range("global_scale", global_scale, most=1)
-        check_range("local_scale", local_scale, most=1)
-        check_range("ratio", ratio)
-        check_probability("flip_probability", flip_probability)
-        if min(std) <= 0:
-            raise ValueError(f"`std` must be positive in every channel, got {std}.")
+        self.global_crop = RandomCrop(
+            global_size, global_scale, ratio, flip_probability, names=("global_size", "global_scale")
+        )
+        self.local_crop = RandomCrop(
+            local_size, local_scale, ratio, flip_probability, names=("local_size", "local_scale")
+        )
         self.global_size = global_size
         self.local_size = local_size
         self.num_local = num_local
         self.patch_size = patch_size
         self.global_window = global_window
         self.local_window = local_window
-        self.global_scale = global_scale
-        self.local_scale = local_scale
-        self.ratio = ratio
-        self.flip_probability = flip_probability
         self.move = move
         self.reference = reference
         self.recipe = recipe
         self.mean = mean
         self.std = std
 
-    @torch.no_grad()
-    def forward(self, batch: ImageBatch, draws: Draws) -> AlignedCrops:
-        """Crops of a batch; the same draws give an image the same crops, whatever else is in the batch."""
-        with torch.autocast(batch.image.device.type, enabled=False):  # half precision would blur inexactly
-            count = DRAWS_PER_CROP + DRAWS_PER_COLOR
-            source_size = batch.source_size.float()  # a trainer in float64 converts batches
-            global_draws, local_draws = (
-                draws.uniform(batch.index, stream, views * count).unflatten(1, (views, count)).transpose(0, 1)
-                for stream, views in ((_GLOBAL_STREAM, 2), (_LOCAL_STREAM, self.num_local))
+    def cut(self, batch: ImageBatch, draws: Draws) -> AlignedCrops:
+        """Crops in the images' own colours, and the points."""
+        global_draws = crop_draws(draws, batch.index, _GLOBAL_STREAM, 2)
+        local_draws = crop_draws(draws, batch.index, _LOCAL_STREAM, self.num_local)
+        global_crops = self._place_global(batch.source_size, global_draws)
+        local_crops = self._placed(batch.source_size, local_draws, self.local_crop, self.reference(*global_crops.boxes))
+        own, other, local = self._points(batch, draws, global_crops.boxes, local_crops.boxes)
+        return AlignedCrops(
+            self.global_crop.cut(batch.image, batch.source_size, global_crops.place),
+            self.local_crop.cut(batch.image, batch.source_size, local_crops.place),
+            own,
+            other,
+            local,
+        )
+
+    def finish(self, views: AlignedCrops, index: Int[Tensor, "B"], draws: Draws) -> AlignedCrops:
+        """Colours of all crops by the recipe."""
+        global_crops, local_crops = (
+            color_crops(
+                crops, [self.recipe] * len(crops), color_draws(draws, index, stream, len(crops)), self.mean, self.std
             )
-            global_crops = self._place_global(source_size, global_draws[..., :DRAWS_PER_CROP])
-            local_crops = self._place_local(source_size, local_draws[..., :DRAWS_PER_CROP], global_crops)
-            own, other, local = self._points(batch, draws, global_crops.boxes, local_crops.boxes)
-            return AlignedCrops(
-                self._cut(batch, source_size, global_crops, self.global_size, global_draws[..., DRAWS_PER_CROP:]),
-                self._cut(batch, source_size, local_crops, self.local_size, local_draws[..., DRAWS_PER_CROP:]),
-                own,
-                other,
-                local,
-            )
+            for stream, crops in ((_GLOBAL_STREAM, views.global_crops), (_LOCAL_STREAM, views.local_crops))
+        )
+        return views._replace(global_crops=global_crops, local_crops=local_crops)
 
     def _place_global(self, source_size: Tensor, uniform: Float[Tensor, "2 B draws"]) -> Placed:
-        first = self._placed(source_size, uniform[0], self.global_scale, reference=None)
-        second = self._placed(source_size, uniform[1], self.global_scale, first.boxes)
-        return Placed(*(torch.stack(both) for both in zip(first, second, strict=True)))
-
-    def _place_local(self, source_size: Tensor, uniform: Float[Tensor, "L B draws"], global_crops: Placed) -> Placed:
-        reference = self.reference(*global_crops.boxes)
-        views = (len(uniform), len(source_size))
-        placed = self._placed(
-            source_size.repeat(len(uniform), 1),
-            uniform.flatten(0, 1),
-            self.local_scale,
-            reference.repeat(len(uniform), 1),
-        )
-        return Placed(*(each.unflatten(0, views) for each in placed))
+        first = self._placed(source_size, uniform[:1], self.global_crop, reference=None)
+        second = self._placed(source_size, uniform[1:], self.global_crop, first.boxes[0])
+        return Placed(*(torch.cat(both) for both in zip(first, second, strict=True)))
 
     def _placed(
-        self, source_size: Tensor, uniform: Tensor, scale: tuple[float, float], reference: Tensor | None
+        self,
+        source_size: Float[Tensor, "B 2"],
+        uniform: Float[Tensor, "V B draws"],
+        crop: RandomCrop,
+        reference: Float[Tensor, "B 4"] | None,
     ) -> Placed:
-        boxes, flip = sample_crops(source_size, uniform, scale, self.ratio, self.flip_probability)
+        """Crops, moved to overlap the reference of their image."""
+        views = (len(uniform), len(source_size))
+        boxes, flip = (each.flatten(0, 1) for each in crop.place(source_size, uniform))
+        source_size = source_size.float().repeat(len(uniform), 1)  # a trainer in float64 converts batches
         top_left, size = boxes[:, [1, 0]], boxes[:, [3, 2]] - boxes[:, [1, 0]]
         if reference is not None:
-            top_left = self.move(top_left, size, reference, source_size)
+            top_left = self.move(top_left, size, reference.repeat(len(uniform), 1), source_size)
         edges = torch.cat([top_left.flip(1), (top_left + size).flip(1)], dim=1)
-        return Placed(edges, flip, crop_box(top_left, size, source_size, flip))
+        placed = Placed(edges, flip, crop_box(top_left, size, source_size, flip))
+        return Placed(*(each.unflatten(0, views) for each in placed))
 
     def _points(
         self, batch: ImageBatch, draws: Draws, boxes: Float[Tensor, "2 B 4"], local_boxes: Float[Tensor, "L B 4"]
@@ -191,16 +193,6 @@ class AlignedCropAugment(nn.Module):
             TokenPositions(*(each.unflatten(0, swapped.shape[:2]) for each in other)),
             TokenPositions(*(each.unflatten(0, pairs) for each in local)),
         )
-
-    def _cut(
-        self, batch: ImageBatch, source_size: Tensor, placed: Placed, size: int, color_draws: Tensor
-    ) -> Float[Tensor, "V B 3 size size"]:
-        views = len(placed.flip)
-        image_size = (batch.image.shape[2], batch.image.shape[3])
-        squashed = to_squashed(placed.boxes_xyxy.flatten(0, 1), source_size.repeat(views, 1), image_size)
-        boxes = squashed.unflatten(0, placed.flip.shape)
-        recipes = [self.recipe] * views
-        return cut_views(batch.image, boxes, placed.flip, size, recipes, color_draws, self.mean, self.std)
 
 
 def _patches_along(size: int, patch_size: int, argument: str) -> int:

@@ -1,6 +1,7 @@
 """Where crops lie: boxes and flips without pixels."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,15 +14,15 @@ DRAWS_PER_CROP = 2 * _TRIES + 3
 
 
 class CropBoxes(NamedTuple):
-    """Geometry of N crops.
+    """Where crops lie.
 
     Attributes:
-        boxes_xyxy: Left, top, right, bottom edges in pixels.
+        boxes_xyxy: Left, top, right, bottom edges in pixels of the image.
         flip: True where the crop is mirrored left to right after it was cut out.
     """
 
-    boxes_xyxy: Float[Tensor, "N 4"]
-    flip: Bool[Tensor, "N"]
+    boxes_xyxy: Float[Tensor, "*views 4"]
+    flip: Bool[Tensor, "*views"]
 
 
 def sample_crops(
@@ -69,9 +70,9 @@ def sample_crops(
     return CropBoxes(torch.cat([left, top, left + crop_width, top + crop_height], dim=1), flip[:, 0] < flip_probability)
 
 
-def to_squashed(
-    boxes_xyxy: Float[Tensor, "N 4"], source_size: Float[Tensor, "N 2"], image_size: tuple[int, int]
-) -> Float[Tensor, "N 4"]:
-    """Map boxes from source pixels into the decoded image, which was squashed to `image_size` (height, width)."""
+def scale_boxes(
+    boxes_xyxy: Float[Tensor, "*views B 4"], source_size: Float[Tensor, "B 2"], image_size: Sequence[int]
+) -> Float[Tensor, "*views B 4"]:
+    """Map boxes from the pixels of their images into images or masks that were stretched to (height, width)."""
     shrink = source_size.new_tensor(image_size) / source_size
     return boxes_xyxy * shrink.flip(1).repeat(1, 2)  # height, width to x, y, x, y

@@ -1,19 +1,21 @@
 """Crops, and which patches of the global ones are hidden from the student."""
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
+from ssl_distill.augment.base import ViewAugment
 from ssl_distill.augment.multi_crop import MultiCropAugment
 from ssl_distill.augment.patch_mask import BlockMasks
 from ssl_distill.data.batch import ImageBatch, ObjectBatch
 from ssl_distill.draws import Draws
-from ssl_distill.views import MaskedCrops
+from ssl_distill.views import MaskedCrops, MultiCrop
 
 MASK_STREAM = 2
 """The first stream of random numbers after those of the crops: one for the masks of each global crop."""
 
 
-class MaskedCropAugment(nn.Module):
+class MaskedCropAugment(ViewAugment[MaskedCrops]):
     """Crops of every image with a mask for each global one. The defaults are iBOT's for ViT-S/16.
 
     Args:
@@ -34,12 +36,15 @@ class MaskedCropAugment(nn.Module):
         self.grid = patch_grid(self.crops.global_size, patch_size)
         self.mean, self.std = self.crops.mean, self.crops.std
 
-    @torch.no_grad()
-    def forward(self, batch: ImageBatch | ObjectBatch, draws: Draws) -> MaskedCrops:
-        """Crops and masks of a batch; the same draws give an image the same, whatever else is in the batch."""
-        crops = self.crops(ImageBatch(batch.image, batch.source_size, batch.index), draws)  # objects are left out
+    def cut(self, batch: ImageBatch | ObjectBatch, draws: Draws) -> MaskedCrops:
+        """Crops in the images' own colours, and masks."""
         masked = [self.masks(batch.index, draws, MASK_STREAM + view, self.grid) for view in range(2)]
-        return MaskedCrops(crops.global_crops, crops.local_crops, torch.stack(masked))
+        return MaskedCrops(*self.crops.cut(batch, draws), torch.stack(masked))
+
+    def finish(self, views: MaskedCrops, index: Int[Tensor, "B"], draws: Draws) -> MaskedCrops:
+        """Colours of each crop by its recipe."""
+        crops = self.crops.finish(MultiCrop(views.global_crops, views.local_crops), index, draws)
+        return MaskedCrops(*crops, views.masked)
 
 
 def ibot_crops() -> MultiCropAugment:

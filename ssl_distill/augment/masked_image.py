@@ -1,15 +1,14 @@
 """One view of every image, and which of its patches are hidden."""
 
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from ssl_distill.augment.checks import check_probability, check_range
+from ssl_distill.augment.base import ViewAugment
 from ssl_distill.augment.color import normalize
-from ssl_distill.augment.geometry import DRAWS_PER_CROP, sample_crops, to_squashed
+from ssl_distill.augment.crops import RandomCrop, as_floats, check_channels
+from ssl_distill.augment.geometry import DRAWS_PER_CROP
 from ssl_distill.augment.masked_crop import patch_grid
 from ssl_distill.augment.multi_crop import IMAGENET_MEAN, IMAGENET_STD
-from ssl_distill.augment.resample import resample_crops
 from ssl_distill.data.batch import ImageBatch
 from ssl_distill.draws import Draws
 from ssl_distill.views import MaskedImages
@@ -17,7 +16,7 @@ from ssl_distill.views import MaskedImages
 _CROP_STREAM, _MASK_STREAM = 0, 1
 
 
-class MaskedImageAugment(nn.Module):
+class MaskedImageAugment(ViewAugment[MaskedImages]):
     """A random resized crop, mirrored or not, and a random division of its patches. The defaults are dBOT's.
 
     Args:
@@ -45,8 +44,8 @@ class MaskedImageAugment(nn.Module):
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
-        if global_size < 1:
-            raise ValueError(f"`global_size` must be at least 1 pixel, got {global_size}.")
+        check_channels(mean, std)
+        self.crop = RandomCrop(global_size, scale, ratio, flip_probability, names=("global_size", "scale"))
         self.grid = patch_grid(global_size, patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
         if not 0 < mask_ratio < 1:
@@ -58,32 +57,22 @@ class MaskedImageAugment(nn.Module):
             raise ValueError(
                 f"`mask_ratio` must keep and hide at least one of {self.num_patches} patches, got {mask_ratio}."
             )
-        check_range("scale", scale, most=1)
-        check_range("ratio", ratio)
-        check_probability("flip_probability", flip_probability)
-        if min(std) <= 0:
-            raise ValueError(f"`std` must be positive in every channel, got {std}.")
         self.global_size = global_size
         self.patch_size = patch_size
         self.mask_ratio = mask_ratio
-        self.scale = scale
-        self.ratio = ratio
-        self.flip_probability = flip_probability
         self.mean = mean
         self.std = std
 
-    @torch.no_grad()
-    def forward(self, batch: ImageBatch, draws: Draws) -> MaskedImages:
-        """Views and divisions of a batch; the same draws give an image the same, whatever else is in the batch."""
-        with torch.autocast(batch.image.device.type, enabled=False):  # half precision would resample inexactly
-            uniform = draws.uniform(batch.index, _CROP_STREAM, DRAWS_PER_CROP)
-            source_size = batch.source_size.float()  # a trainer in float64 converts batches
-            boxes, flip = sample_crops(source_size, uniform, self.scale, self.ratio, self.flip_probability)
-            boxes = to_squashed(boxes, source_size, (batch.image.shape[2], batch.image.shape[3]))
-            source = torch.arange(len(batch.index), device=batch.index.device)
-            crops = resample_crops(batch.image, source, boxes, flip, self.global_size)
+    def cut(self, batch: ImageBatch, draws: Draws) -> MaskedImages:
+        """Views in the images' own colours, and divisions."""
+        places = self.crop.place(batch.source_size, draws.uniform(batch.index, _CROP_STREAM, DRAWS_PER_CROP)[None])
+        (crops,) = self.crop.cut(batch.image, batch.source_size, places)
         noise = draws.uniform(batch.index, _MASK_STREAM, self.num_patches)
-        return MaskedImages(normalize(crops, self.mean, self.std), *divide_patches(noise, self.mask_ratio))
+        return MaskedImages(crops, *divide_patches(noise, self.mask_ratio))
+
+    def finish(self, views: MaskedImages, index: Int[Tensor, "B"], draws: Draws) -> MaskedImages:
+        """Nothing happens to colours."""
+        return views._replace(images=normalize(as_floats(views.images), self.mean, self.std))
 
 
 def num_kept(num_patches: int, mask_ratio: float) -> int:

@@ -1,14 +1,12 @@
 """Global and local crops, as DINO and its relatives eat them."""
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from jaxtyping import Int
+from torch import Tensor
 
-from ssl_distill.augment.checks import check_probability, check_range
-from ssl_distill.augment.color import DRAWS_PER_COLOR, ColorRecipe
-from ssl_distill.augment.cut import cut_views
-from ssl_distill.augment.geometry import DRAWS_PER_CROP, sample_crops, to_squashed
-from ssl_distill.data.batch import ImageBatch
+from ssl_distill.augment.base import ViewAugment
+from ssl_distill.augment.color import ColorRecipe
+from ssl_distill.augment.crops import RandomCrop, check_channels, check_count, color_crops, color_draws, crop_draws
+from ssl_distill.data.batch import ImageBatch, ObjectBatch
 from ssl_distill.draws import Draws
 from ssl_distill.views import MultiCrop
 
@@ -19,7 +17,7 @@ GLOBAL_2 = ColorRecipe(blur_probability=0.1, solarize_probability=0.2)
 LOCAL = ColorRecipe(blur_probability=0.5)
 
 
-class MultiCropAugment(nn.Module):
+class MultiCropAugment(ViewAugment[MultiCrop]):
     """Two global and some local crops of every image. The defaults are DINO's.
 
     Args:
@@ -55,60 +53,42 @@ class MultiCropAugment(nn.Module):
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
-        for name, value in {"global_size": global_size, "local_size": local_size}.items():
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1 pixel, got {value}.")
-        if num_local < 0:
-            raise ValueError(f"`num_local` must be at least 0 (0: no local crops), got {num_local}.")
-        check_range("global_scale", global_scale, most=1)
-        check_range("local_scale", local_scale, most=1)
-        check_range("ratio", ratio)
-        check_probability("flip_probability", flip_probability)
-        if min(std) <= 0:
-            raise ValueError(f"`std` must be positive in every channel, got {std}.")
+        check_count({"num_local": num_local})
+        check_channels(mean, std)
+        self.global_crop = RandomCrop(
+            global_size, global_scale, ratio, flip_probability, names=("global_size", "global_scale")
+        )
+        self.local_crop = RandomCrop(
+            local_size, local_scale, ratio, flip_probability, names=("local_size", "local_scale")
+        )
         self.global_size = global_size
         self.local_size = local_size
         self.num_local = num_local
-        self.global_scale = global_scale
-        self.local_scale = local_scale
-        self.ratio = ratio
-        self.flip_probability = flip_probability
-        self.global_recipe_1 = global_recipe_1
-        self.global_recipe_2 = global_recipe_2
-        self.local_recipe = local_recipe
+        self.global_recipes = [global_recipe_1, global_recipe_2]
+        self.local_recipes = [local_recipe] * num_local
         self.mean = mean
         self.std = std
 
-    @torch.no_grad()
-    def forward(self, batch: ImageBatch, draws: Draws) -> MultiCrop:
-        """Crops of a batch; the same draws give an image the same crops, whatever else is in the batch."""
-        global_recipes = [self.global_recipe_1, self.global_recipe_2]
-        local_recipes = [self.local_recipe] * self.num_local
-        with torch.autocast(batch.image.device.type, enabled=False):  # half precision would blur inexactly
-            return MultiCrop(
-                self._crops(batch, draws, 0, global_recipes, self.global_scale, self.global_size),
-                self._crops(batch, draws, 1, local_recipes, self.local_scale, self.local_size),
-            )
+    def cut(self, batch: ImageBatch | ObjectBatch, draws: Draws) -> MultiCrop:
+        """Crops in the images' own colours; objects are left out."""
+        kinds = ((self.global_crop, len(self.global_recipes)), (self.local_crop, self.num_local))
+        places = [
+            crop.place(batch.source_size, crop_draws(draws, batch.index, stream, views))
+            for stream, (crop, views) in enumerate(kinds)
+        ]
+        return MultiCrop(
+            *(crop.cut(batch.image, batch.source_size, at) for (crop, _), at in zip(kinds, places, strict=True))
+        )
 
-    def _crops(
-        self,
-        batch: ImageBatch,
-        draws: Draws,
-        stream: int,
-        recipes: list[ColorRecipe],
-        scale: tuple[float, float],
-        size: int,
-    ) -> Float[Tensor, "V B 3 size size"]:
-        """One crop per recipe of every image; crops of equal size are made together."""
-        views, kinds = len(recipes), [DRAWS_PER_CROP, DRAWS_PER_COLOR]
-        uniform = draws.uniform(batch.index, stream, views * sum(kinds)).unflatten(1, (views, sum(kinds)))
-        crop_draws, color_draws = uniform.transpose(0, 1).split(kinds, dim=-1)  # (V, B, draws)
-        source_size = batch.source_size.float().repeat(views, 1)  # a trainer in float64 converts batches
-        boxes, flip = sample_crops(source_size, crop_draws.flatten(0, 1), scale, self.ratio, self.flip_probability)
-        squashed = to_squashed(boxes, source_size, (batch.image.shape[2], batch.image.shape[3]))
-        shape = (views, len(batch.index))
-        boxes, flip = squashed.unflatten(0, shape), flip.unflatten(0, shape)
-        return cut_views(batch.image, boxes, flip, size, recipes, color_draws, self.mean, self.std)
+    def finish(self, views: MultiCrop, index: Int[Tensor, "B"], draws: Draws) -> MultiCrop:
+        """Colours of each crop by its recipe."""
+        recipes = (self.global_recipes, self.local_recipes)
+        return MultiCrop(
+            *(
+                color_crops(crops, each, color_draws(draws, index, stream, len(each)), self.mean, self.std)
+                for stream, (crops, each) in enumerate(zip(views, recipes, strict=True))
+            )
+        )
 
 
 def v2_as_run(global_size: int = 224, local_size: int = 96, num_local: int = 8) -> MultiCropAugment:

@@ -1,15 +1,17 @@
 """Crops that show one object of every image, and where in them it is."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ssl_distill.augment.base import ViewAugment
 from ssl_distill.augment.checks import check_probability
-from ssl_distill.augment.color import DRAWS_PER_COLOR, ColorRecipe
-from ssl_distill.augment.cut import cut_views
-from ssl_distill.augment.geometry import DRAWS_PER_CROP, sample_crops, to_squashed
+from ssl_distill.augment.color import DRAWS_PER_COLOR
+from ssl_distill.augment.crops import RandomCrop, color_crops, whole_image
+from ssl_distill.augment.geometry import DRAWS_PER_CROP, CropBoxes, scale_boxes
 from ssl_distill.augment.masked_crop import MASK_STREAM, ibot_crops, patch_grid
 from ssl_distill.augment.multi_crop import MultiCropAugment
 from ssl_distill.augment.object_choice import ChoiceLaw, by_area, choose, choose_crop
@@ -41,8 +43,13 @@ class _Chosen(NamedTuple):
     redraws: Int[Tensor, "V B"]
     fallback: Bool[Tensor, "V B"]
 
+    @property
+    def place(self) -> CropBoxes:
+        """Where the crops are cut."""
+        return CropBoxes(self.boxes_xyxy, self.flip)
 
-class ObjectCropAugment(nn.Module):
+
+class ObjectCropAugment(ViewAugment[ObjectCrops]):
     """Crops drawn until they show the image's chosen object, with masks of what is hidden and what may be attended to.
 
     One object is chosen per image, for all of its views. Crops are refused by their coordinates alone; pixels are
@@ -106,42 +113,54 @@ class ObjectCropAugment(nn.Module):
         self.missing = missing
         self.mean, self.std = self.crops.mean, self.crops.std
 
-    @torch.no_grad()
-    def forward(self, batch: ObjectBatch, draws: Draws) -> ObjectCrops:
-        """Crops and masks of a batch; the same draws give an image the same, whatever else is in the batch."""
-        crops = self.crops
-        with torch.autocast(batch.image.device.type, enabled=False):
-            chosen = self._choose_object(batch, draws)
-            regions, whole = self.objects.regions(batch, chosen), chosen < 0
-            drawn = self._draw(batch, draws, _GLOBAL_STREAM, 2, self.tries, crops.global_scale)
-            drawn = _with_whole_image(drawn, batch.image.shape[-2:])
-            shown = _choose(drawn, regions, whole, self.tries, self.min_visible, self.min_coverage)
-            drawn = self._draw(batch, draws, _LOCAL_STREAM, crops.num_local, self.local_tries, crops.local_scale)
-            local = _choose(drawn, regions, whole, self.local_tries, 0.0, self.local_min_coverage)
+    def cut(self, batch: ObjectBatch, draws: Draws) -> ObjectCrops:
+        """Crops in the images' own colours, and masks."""
+        crops, mask_size = self.crops, batch.masks.shape[-2:]
+        chosen = self._choose_object(batch, draws)
+        regions, whole = self.objects.regions(batch, chosen), chosen < 0
+        drawn = self._draw(batch, draws, _GLOBAL_STREAM, 2, self.tries, crops.global_crop)
+        drawn = _with_whole_image(drawn, batch.source_size)
+        shown = _choose(
+            drawn, regions, whole, mask_size, batch.source_size, self.tries, self.min_visible, self.min_coverage
+        )
+        drawn = self._draw(batch, draws, _LOCAL_STREAM, crops.num_local, self.local_tries, crops.local_crop)
+        local = _choose(
+            drawn, regions, whole, mask_size, batch.source_size, self.local_tries, 0.0, self.local_min_coverage
+        )
 
-            attend = torch.stack(
-                [
-                    self.objects.patches(regions.patch_fraction(boxes, flip, self.grid)).flatten(1)
-                    for boxes, flip in zip(shown.boxes_xyxy, shown.flip, strict=True)
-                ]
-            )
-            global_valid = (shown.coverage > 0) & attend.any(-1)
-            local_valid = torch.ones_like(local.flip)
-            if self.missing == "skip":
-                global_valid, attend = global_valid & ~whole, attend & ~whole[:, None]
-                local_valid = (local.coverage > 0) & ~whole
-            global_recipes = [crops.global_recipe_1, crops.global_recipe_2]
-            local_recipes = [crops.local_recipe] * crops.num_local
-            masked = [self.masks(batch.index, draws, MASK_STREAM + view, self.grid) for view in range(2)]
-            return ObjectCrops(
-                self._cut(batch, draws, _GLOBAL_COLOR_STREAM, shown, crops.global_size, global_recipes),
-                self._cut(batch, draws, _LOCAL_COLOR_STREAM, local, crops.local_size, local_recipes),
-                torch.stack(masked),
-                attend,
-                torch.cat([global_valid, local_valid]),
-                shown.redraws,
-                shown.fallback,
-            )
+        in_masks = scale_boxes(shown.boxes_xyxy, batch.source_size.float(), mask_size)
+        attend = torch.stack(
+            [
+                self.objects.patches(regions.patch_fraction(boxes, flip, self.grid)).flatten(1)
+                for boxes, flip in zip(in_masks, shown.flip, strict=True)
+            ]
+        )
+        global_valid, local_valid = (shown.coverage > 0) & attend.any(-1), local.coverage > 0
+        if self.missing == "skip":
+            global_valid, attend = global_valid & ~whole, attend & ~whole[:, None]
+            local_valid = local_valid & ~whole
+        masked = [self.masks(batch.index, draws, MASK_STREAM + view, self.grid) for view in range(2)]
+        return ObjectCrops(
+            crops.global_crop.cut(batch.image, batch.source_size, shown.place),
+            crops.local_crop.cut(batch.image, batch.source_size, local.place),
+            torch.stack(masked),
+            attend,
+            torch.cat([global_valid, local_valid]),
+            shown.redraws,
+            shown.fallback,
+        )
+
+    def finish(self, views: ObjectCrops, index: Int[Tensor, "B"], draws: Draws) -> ObjectCrops:
+        """Colours of each crop by its recipe."""
+        kinds = (
+            (_GLOBAL_COLOR_STREAM, views.global_crops, self.crops.global_recipes),
+            (_LOCAL_COLOR_STREAM, views.local_crops, self.crops.local_recipes),
+        )
+        global_crops, local_crops = (
+            color_crops(crops, recipes, self._color_draws(draws, index, stream, len(recipes)), self.mean, self.std)
+            for stream, crops, recipes in kinds
+        )
+        return views._replace(global_crops=global_crops, local_crops=local_crops)
 
     def _choose_object(self, batch: ObjectBatch, draws: Draws) -> Int[Tensor, "B"]:
         """The object of every image, or -1."""
@@ -150,46 +169,43 @@ class ObjectCropAugment(nn.Module):
         eligible = present & (area >= self.min_area) & (area > 0)
         return choose(self.choice(area, eligible), draws.uniform(batch.index, _OBJECT_STREAM, 1)[:, 0])
 
-    def _draw(
-        self, batch: ObjectBatch, draws: Draws, stream: int, views: int, tries: int, scale: tuple[float, float]
-    ) -> _Crops:
-        """All crops that may be needed, in pixels of the squashed image."""
-        shape = (len(batch.index), views, tries)
-        uniform = draws.uniform(batch.index, stream, views * tries * DRAWS_PER_CROP).view(-1, DRAWS_PER_CROP)
-        source_size = batch.source_size.float().repeat_interleave(views * tries, dim=0)
-        boxes, flip = sample_crops(source_size, uniform, scale, self.crops.ratio, self.crops.flip_probability)
-        boxes = to_squashed(boxes, source_size, (batch.image.shape[2], batch.image.shape[3]))
-        return _Crops(boxes.view(*shape, 4), flip.view(shape))
+    def _draw(self, batch: ObjectBatch, draws: Draws, stream: int, views: int, tries: int, crop: RandomCrop) -> _Crops:
+        """All crops that may be needed, in pixels of the image."""
+        uniform = draws.uniform(batch.index, stream, views * tries * DRAWS_PER_CROP)
+        uniform = uniform.view(len(batch.index), views * tries, DRAWS_PER_CROP).transpose(0, 1)
+        places = crop.place(batch.source_size, uniform)
+        return _Crops(*(each.transpose(0, 1).unflatten(1, (views, tries)) for each in places))
 
-    def _cut(
-        self, batch: ObjectBatch, draws: Draws, stream: int, shown: _Chosen, size: int, recipes: list[ColorRecipe]
-    ) -> Float[Tensor, "V B 3 size size"]:
-        uniform = draws.uniform(batch.index, stream, len(recipes) * DRAWS_PER_COLOR)
-        color_draws = uniform.view(len(batch.index), len(recipes), DRAWS_PER_COLOR).transpose(0, 1)
-        return cut_views(
-            batch.image, shown.boxes_xyxy, shown.flip, size, recipes, color_draws, self.crops.mean, self.crops.std
-        )
+    def _color_draws(
+        self, draws: Draws, index: Int[Tensor, "B"], stream: int, views: int
+    ) -> Float[Tensor, "V B draws"]:
+        uniform = draws.uniform(index, stream, views * DRAWS_PER_COLOR)
+        return uniform.view(len(index), views, DRAWS_PER_COLOR).transpose(0, 1)
 
 
-def _with_whole_image(drawn: _Crops, image_size: torch.Size) -> _Crops:
+def _with_whole_image(drawn: _Crops, source_size: Float[Tensor, "B 2"]) -> _Crops:
     """One crop more: the whole image, mirrored as the first one drawn."""
-    whole = drawn.boxes_xyxy.new_tensor([0, 0, image_size[1], image_size[0]]).expand_as(drawn.boxes_xyxy[:, :, :1])
-    return _Crops(torch.cat([drawn.boxes_xyxy, whole], dim=2), torch.cat([drawn.flip, drawn.flip[:, :, :1]], dim=2))
+    flip = drawn.flip[:, :, :1]
+    whole = whole_image(source_size, flip[:, :, 0].transpose(0, 1)).boxes_xyxy.transpose(0, 1)[:, :, None]
+    return _Crops(torch.cat([drawn.boxes_xyxy, whole], dim=2), torch.cat([drawn.flip, flip], dim=2))
 
 
 def _choose(
     drawn: _Crops,
     regions: BoxRegions | MaskRegions,
     whole: Bool[Tensor, "B"],
+    mask_size: Sequence[int],
+    source_size: Float[Tensor, "B 2"],
     tries: int,
     min_visible: float,
     min_coverage: float,
 ) -> _Chosen:
     """One crop of each view: the first that shows the object; simply the first where the object is the whole image."""
-    inside = regions.area_in(drawn.boxes_xyxy.flatten(1, 2)).view(drawn.flip.shape)
+    in_masks = scale_boxes(drawn.boxes_xyxy.movedim(0, 2), source_size.float(), mask_size).movedim(2, 0)
+    inside = regions.area_in(in_masks.flatten(1, 2)).view(drawn.flip.shape)
     visible = inside / regions.area()[:, None, None]
     visible = torch.where(whole[:, None, None], 1.0, visible)
-    left, top, right, bottom = drawn.boxes_xyxy.unbind(-1)
+    left, top, right, bottom = in_masks.unbind(-1)
     coverage = inside / ((right - left) * (bottom - top))
     choice = choose_crop(visible.flatten(0, 1), coverage.flatten(0, 1), tries, min_visible, min_coverage)
     selected, good, redraws = (part.view(drawn.flip.shape[:2]) for part in choice)

@@ -30,8 +30,8 @@ class BoxObjects(nn.Module):
         return (batch.boxes_xyxy[..., 2:] - batch.boxes_xyxy[..., :2]).clamp(min=0).prod(-1).float()
 
     def regions(self, batch: ObjectBatch, chosen: Int[Tensor, "B"]) -> BoxRegions:
-        """One object of every image, in pixels of the squashed image; the whole image where `chosen` is -1."""
-        height, width = batch.image.shape[-2:]
+        """One object of every image, in pixels of its masks; the whole image where `chosen` is -1."""
+        height, width = batch.masks.shape[-2:]
         boxes = batch.boxes_xyxy[torch.arange(len(chosen), device=chosen.device), chosen.clamp(min=0)].float()
         boxes = torch.where(chosen[:, None] < 0, boxes.new_tensor([0.0, 0.0, 1.0, 1.0]), boxes)
         return BoxRegions(boxes * boxes.new_tensor([width, height, width, height]))

@@ -4,17 +4,19 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor
 
+from ssl_distill.augment.base import ViewAugment
 from ssl_distill.augment.color import normalize
+from ssl_distill.augment.crops import as_floats, check_channels, cut_crops, whole_image
 from ssl_distill.augment.multi_crop import IMAGENET_MEAN, IMAGENET_STD
 from ssl_distill.data.batch import ImageBatch
 from ssl_distill.draws import Draws
 from ssl_distill.views import MultiCrop
 
 
-class PlainAugment(nn.Module):
+class PlainAugment(ViewAugment[MultiCrop]):
     """The whole image as the only global crop, as evaluation sees it; nothing is random.
 
     Args:
@@ -31,21 +33,20 @@ class PlainAugment(nn.Module):
         super().__init__()
         if global_size < 1:
             raise ValueError(f"`global_size` must be at least 1 pixel, got {global_size}.")
-        if min(std) <= 0:
-            raise ValueError(f"`std` must be positive in every channel, got {std}.")
+        check_channels(mean, std)
         self.global_size = global_size
         self.mean = tuple(mean)
         self.std = tuple(std)
 
-    @torch.no_grad()
-    def forward(self, batch: ImageBatch, draws: Draws) -> MultiCrop:
+    def cut(self, batch: ImageBatch, draws: Draws) -> MultiCrop:
         """One crop per image (1, B, 3, S, S) and no local ones."""
-        size = (self.global_size, self.global_size)
-        images = batch.image.float() / 255
-        if batch.image.shape[2:] != size:
-            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp_(0, 1)
-        crops = normalize(images[None], self.mean, self.std)
+        flip = torch.zeros(1, len(batch.index), dtype=torch.bool, device=batch.index.device)
+        crops = cut_crops(batch.image, batch.source_size, whole_image(batch.source_size, flip), self.global_size)
         return MultiCrop(crops, crops[:0])
+
+    def finish(self, views: MultiCrop, index: Int[Tensor, "B"], draws: Draws) -> MultiCrop:
+        """Nothing happens to colours."""
+        return MultiCrop(*(normalize(as_floats(crops), self.mean, self.std) for crops in views))
 
 
 class NoiseAugment(PlainAugment):
@@ -59,11 +60,15 @@ class NoiseAugment(PlainAugment):
         std: As in `PlainAugment`; for evaluation only.
     """
 
-    @torch.no_grad()
-    def forward(self, batch: ImageBatch, draws: Draws) -> MultiCrop:
+    def cut(self, batch: ImageBatch, draws: Draws) -> MultiCrop:
+        """Crops without pixels."""
+        nothing = torch.zeros(1, len(batch.index), 3, 0, 0, device=batch.index.device)
+        return MultiCrop(nothing, nothing[:0])
+
+    def finish(self, views: MultiCrop, index: Int[Tensor, "B"], draws: Draws) -> MultiCrop:
         """One crop of standard normal numbers per image."""
         shape = (3, self.global_size, self.global_size)
-        uniform = Draws(draws.seed, epoch=0).uniform(batch.index, 0, 2 * math.prod(shape))
+        uniform = Draws(draws.seed, epoch=0).uniform(index, 0, 2 * math.prod(shape))
         radius, angle = uniform.chunk(2, dim=1)
         noise = (-2 * torch.log1p(-radius)).sqrt() * torch.cos(2 * math.pi * angle)  # Box and Muller
         crops = noise.unflatten(1, shape)[None]

@@ -2,12 +2,14 @@
 
 from typing import Any
 
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor
 
+from ssl_distill.augment.base import ViewAugment
 from ssl_distill.draws import Draws
 
 
-class RepeatedViews(nn.Module):
+class RepeatedViews(ViewAugment[Any]):
     """The views of the first few epochs, again and again, so that what was computed of them can be kept.
 
     Args:
@@ -15,7 +17,7 @@ class RepeatedViews(nn.Module):
         num_epochs: Epochs until they come again.
     """
 
-    def __init__(self, augment: nn.Module, num_epochs: int = 1) -> None:
+    def __init__(self, augment: ViewAugment, num_epochs: int = 1) -> None:
         super().__init__()
         if num_epochs < 1:
             raise ValueError(f"`num_epochs` must be at least 1, got {num_epochs}.")
@@ -24,6 +26,13 @@ class RepeatedViews(nn.Module):
         self.global_size = self.augment.global_size
         self.mean, self.std = self.augment.mean, self.augment.std
 
-    def forward(self, batch: Any, draws: Draws) -> Any:
+    def cut(self, batch: Any, draws: Draws) -> Any:
+        """Views in the images' own colours, as in the epoch that is repeated."""
+        return self.augment.cut(batch, self._repeated(draws))
+
+    def finish(self, views: Any, index: Int[Tensor, "B"], draws: Draws) -> Any:
         """Views as in the epoch that is repeated."""
-        return self.augment(batch, draws._replace(epoch=draws.epoch % self.num_epochs))
+        return self.augment.finish(views, index, self._repeated(draws))
+
+    def _repeated(self, draws: Draws) -> Draws:
+        return draws._replace(epoch=draws.epoch % self.num_epochs)

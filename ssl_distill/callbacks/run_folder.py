@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.fsdp import FSDPModule
 
@@ -56,7 +55,7 @@ class RunFolder(Callback):
         loader: Any = trainer.train_dataloader
         batch = sample_batch(loader, self.picture_rows)
         if hasattr(batch, "image") and hasattr(augment, "mean"):
-            draw_views(move_data_to_device(batch, pl_module.device), augment, _folder(trainer) / "views.png")
+            draw_views(batch, augment, _folder(trainer) / "views.png", pl_module.device)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Say whose checkpoint it is and what it scored."""

@@ -7,12 +7,11 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from ssl_distill.data.batch import ObjectBatch
+from ssl_distill.data.batch import LabelledImages, ObjectBatch, source_sizes
 from ssl_distill.data.coco_json import CocoImage, ObjectUnit, bounds, rasterize, read_coco
-from ssl_distill.data.images import decode, evaluation_view, squash
+from ssl_distill.data.images import decode, evaluation_view
 from ssl_distill.data.module import BatchSet, ImageData, ImageParts
 from ssl_distill.data.object_labels import LabelledObjectBatch
-from ssl_distill.data.shared_batch import empty_batch
 from ssl_distill.data.sources import FileSource, ImageSource, open_packed, shards_in
 
 
@@ -33,7 +32,8 @@ class CocoObjectsData(ImageData):
         object_unit: "instance" takes each annotation as an object, "category" all of a category together.
         min_score: Least score of a detected box.
         max_objects: Most objects of an image, M; the largest are kept.
-        decode_size: Images are squashed to squares of this side, from which crops are cut.
+        decode_size: Side of the squares that masks of objects are kept at, and that an `augment` of one's own gets, if
+            it is no `ViewAugment`.
         eval_size: Side of evaluation images. Evaluation is of every image's largest object, if it has one.
         batch_size: Training images per rank.
         num_workers: Loader processes.
@@ -97,6 +97,7 @@ class CocoObjectsData(ImageData):
             BatchSet(files.object_batch, range(len(files.images))),
             BatchSet(files.labelled_batch, bank[: self.bank_size]),
             BatchSet(val_files.labelled_batch, queries[: self.query_size]),
+            BatchSet(files.labelled_images, bank[: self.bank_size]),
         )
 
     def _files(self, annotations: str, images: str) -> tuple["CocoFiles", tuple[str, ...]]:
@@ -129,7 +130,7 @@ class CocoFiles:
         source: Where they lie.
         in_source: Position of each file there.
         max_objects: M.
-        decode_size: Side of training images.
+        mask_size: Side of the masks of training images.
         eval_size: Side of evaluation images.
     """
 
@@ -139,14 +140,14 @@ class CocoFiles:
         source: ImageSource,
         in_source: Sequence[int],
         max_objects: int,
-        decode_size: int,
+        mask_size: int,
         eval_size: int,
     ) -> None:
         self.images = images
         self.source = source
         self.in_source = in_source
         self.max_objects = max_objects
-        self.decode_size = decode_size
+        self.mask_size = mask_size
         self.eval_size = eval_size
 
     def with_objects(self) -> list[int]:
@@ -154,21 +155,19 @@ class CocoFiles:
         return [position for position, image in enumerate(self.images) if image.objects]
 
     def object_batch(self, positions: Sequence[int]) -> ObjectBatch:
-        """Whole images, squashed to squares, with their objects."""
-        size, most = self.decode_size, self.max_objects
+        """Whole images with their objects."""
+        size, most = self.mask_size, self.max_objects
         boxes = torch.zeros(len(positions), most, 4)
         masks = torch.zeros(len(positions), most, size, size, dtype=torch.bool)
-        pictures = empty_batch(len(positions), size)
         for row, position in enumerate(positions):
             image = self.images[position]
-            pictures[row] = squash(self._read(position), size)
             for place, parts in enumerate(image.objects[:most]):
                 scale = torch.tensor([image.width, image.height] * 2)
                 boxes[row, place] = torch.tensor(bounds(parts)) / scale
                 masks[row, place] = rasterize(parts, (image.height, image.width), (size, size))
-        sizes = torch.tensor([[self.images[i].height, self.images[i].width] for i in positions], dtype=torch.float32)
+        pictures = [self._read(position) for position in positions]
         counts = torch.tensor([min(len(self.images[i].objects), most) for i in positions])
-        return ObjectBatch(pictures, sizes, torch.as_tensor(positions), boxes, counts, masks)
+        return ObjectBatch(pictures, source_sizes(pictures), torch.as_tensor(positions), boxes, counts, masks)
 
     def labelled_batch(self, positions: Sequence[int]) -> LabelledObjectBatch:
         """Central squares, with the largest object of each."""
@@ -181,6 +180,11 @@ class CocoFiles:
             masks.append(evaluation_view(pixels.expand(3, -1, -1), self.eval_size)[0] > 127)
         labels = torch.tensor([self.images[position].objects[0][0].category for position in positions])
         return LabelledObjectBatch(torch.stack(views), labels, torch.as_tensor(positions), torch.stack(masks))
+
+    def labelled_images(self, positions: Sequence[int]) -> LabelledImages:
+        """Whole images, with the class of the largest object of each."""
+        labels = torch.tensor([self.images[position].objects[0][0].category for position in positions])
+        return LabelledImages([self._read(position) for position in positions], labels, torch.as_tensor(positions))
 
     def _read(self, position: int) -> Tensor:
         image, place = self.images[position], self.in_source[position]

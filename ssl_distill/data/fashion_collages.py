@@ -64,7 +64,7 @@ class FashionCollageData(ImageData):
 
     def load(self) -> ImageParts:
         """Read the garments; collages are made when they are asked for."""
-        _, train_garments, test_garments = self.garments.parts
+        _, train_garments, test_garments, _ = self.garments.parts
         train = Collages(train_garments, self.seed, stream=0)
         test = Collages(test_garments, self.seed, stream=1)
         return ImageParts(

@@ -11,11 +11,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from ssl_distill.data.batch import ImageBatch, LabelledBatch
+from ssl_distill.data.batch import ImageBatch, LabelledBatch, LabelledImages, source_sizes
 from ssl_distill.data.image_paths import Labels, check_root, find_images, in_class_order
-from ssl_distill.data.images import decode, evaluation_view, squash
+from ssl_distill.data.images import decode, evaluation_view
 from ssl_distill.data.module import BatchSet, ImageData, ImageParts
-from ssl_distill.data.shared_batch import empty_batch
 from ssl_distill.data.sources import FoundImage, ImageSource
 
 log = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ class ImageFolderData(ImageData):
             classes; "auto" is "folder" where every image lies in such a folder and there are two or more.
         on_corrupt: "skip" names an unreadable file once, counts it and reads the next one in its place, and stops when
             more than 10 files and 1 % of all are unreadable; "error" stops at the first.
-        decode_size: Images are squashed to squares of this side, from which crops are cut.
+        decode_size: Side of the squares that an `augment` of one's own gets, if it is no `ViewAugment`.
         eval_size: Side of evaluation images.
         batch_size: Training images per rank.
         num_workers: Loader processes.
@@ -112,13 +111,14 @@ class ImageFolderData(ImageData):
             BatchSet(train.image_batch, range(len(found))),
             BatchSet(bank.labelled_batch, bank_order[: self.bank_size]),
             BatchSet(queries.labelled_batch, query_order[: self.query_size]),
+            BatchSet(bank.labelled_images, bank_order[: self.bank_size]),
         )
 
     def _files(self, source: ImageSource, found: Sequence[FoundImage]) -> "ImageFiles":
         number = {name: label for label, name in enumerate(self.class_names)}
         labels = [-1 if file.label is None else number[file.label] for file in found]
         positions = [file.position for file in found]
-        return ImageFiles(source, positions, labels, self.decode_size, self.eval_size, self.on_corrupt)
+        return ImageFiles(source, positions, labels, self.eval_size, self.on_corrupt)
 
 
 class ImageFiles:
@@ -128,7 +128,6 @@ class ImageFiles:
         source: Where they lie.
         in_source: Position of each file there.
         labels: Class of each file, or -1.
-        decode_size: Side of the squares that training images are squashed to.
         eval_size: Side of evaluation images.
         on_corrupt: "skip" names and counts an unreadable file and reads the next one in its place; "error" stops.
     """
@@ -138,26 +137,25 @@ class ImageFiles:
         source: ImageSource,
         in_source: Sequence[int],
         labels: Sequence[int],
-        decode_size: int,
         eval_size: int,
         on_corrupt: OnCorrupt,
     ) -> None:
         self.source = source
         self.in_source = torch.tensor(in_source)
         self.labels = torch.tensor(labels)
-        self.decode_size = decode_size
         self.eval_size = eval_size
         self.on_corrupt = on_corrupt
         self.corrupt = torch.zeros(len(in_source), dtype=torch.bool).share_memory_()  # one for all loader processes
 
     def image_batch(self, positions: Sequence[int]) -> ImageBatch:
-        """Whole images, squashed to squares."""
-        squashed, sizes = empty_batch(len(positions), self.decode_size), []
-        for row, position in enumerate(positions):
-            image = self._read(position)[0]
-            squashed[row] = squash(image, self.decode_size)
-            sizes.append(image.shape[1:])
-        return ImageBatch(squashed, torch.tensor(sizes, dtype=torch.float32), torch.tensor(positions))
+        """Whole images."""
+        images = [self._read(position)[0] for position in positions]
+        return ImageBatch(images, source_sizes(images), torch.tensor(positions))
+
+    def labelled_images(self, positions: Sequence[int]) -> LabelledImages:
+        """Whole images, with the labels of the files that were read."""
+        images, read = zip(*(self._read(position) for position in positions), strict=True)
+        return LabelledImages(list(images), self.labels[list(read)], torch.tensor(positions))
 
     def labelled_batch(self, positions: Sequence[int]) -> LabelledBatch:
         """Central squares, with the labels of the files that were read."""

@@ -49,7 +49,7 @@ def decode(content: bytes, name: str | os.PathLike[str]) -> UInt8[Tensor, "3 H W
     try:
         with Image.open(io.BytesIO(content)) as file:
             image = _to_rgb(ImageOps.exif_transpose(file))
-            return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # in the order of JPEG decoders
     except UnidentifiedImageError as error:
         raise OSError(f"cannot read {name}: it is no image of a known format") from error
     except Exception as error:  # what decoders raise on damaged bytes has no common type
@@ -73,11 +73,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def squash(image: UInt8[Tensor, "3 H W"], size: int) -> UInt8[Tensor, "3 S S"]:
-    """The whole image as a square of `size` pixels, antialiased; cutting crops undoes the change of aspect ratio."""
-    return F.resize(image, [size, size], InterpolationMode.BICUBIC, antialias=True)
 
 
 def evaluation_view(image: UInt8[Tensor, "3 H W"], size: int) -> UInt8[Tensor, "3 S S"]:

@@ -3,10 +3,7 @@
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from ssl_distill.data.module import ImageData, check_sizes
-from ssl_distill.data.resume import resumed
-from ssl_distill.data.sampler import EpochSampler
-from ssl_distill.distributed import rank, world_size
+from ssl_distill.data.module import BatchSet, ImageData, check_sizes
 
 
 class LabelledData(LightningDataModule):
@@ -29,17 +26,17 @@ class LabelledData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load, and refuse data without labels."""
-        self._sampler()
+        self.images.sampler(self._labelled(), self.batch_size)
         if self.images.num_classes is None:
             raise ValueError(f"`images` must have labels to train on, {type(self.images).__name__} was given none.")
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled labelled batches; of a restored run, those that were not trained on yet."""
-        return self.images._loader(self.images.parts.bank, self.batch_size, resumed(self._sampler(), self.trainer))
+        return self.images.training_loader(self._labelled(), self.batch_size, self.trainer)
 
     def val_dataloader(self) -> DataLoader:
         """The images to predict."""
         return self.images.val_dataloader()[1]
 
-    def _sampler(self) -> EpochSampler:
-        return EpochSampler(self.images.parts.bank, self.batch_size, self.images.seed, world_size(), rank())
+    def _labelled(self) -> BatchSet:
+        return self.images.parts.labelled or self.images.parts.bank

@@ -5,18 +5,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ssl_distill.augment.base import CutBatch, ViewAugment
+from ssl_distill.augment.crops import cut_crops, whole_image
 from ssl_distill.data.loader_process import outlive_requests
 from ssl_distill.data.resume import resumed
 from ssl_distill.data.sampler import EpochSampler
 from ssl_distill.distributed import rank, world_size
-from ssl_distill.draws import run_seed
+from ssl_distill.draws import Draws, run_seed
 
 
 class BatchSet:
-    """A data set that is read batch by batch: `DataLoader` hands over all items of a batch at once.
+    """A data set that is read batch by batch: `DataLoader` hands over all positions of a batch at once.
 
     Args:
         read: Positions to a batch.
@@ -36,6 +39,65 @@ class BatchSet:
 
     def __getitems__(self, items: Sequence[int]) -> Any:
         return self.read([self.positions[item] for item in items])
+
+
+class TrainingSet:
+    """Training batches, by the items of an `EpochSampler`.
+
+    Args:
+        images: Read as batches whose `image` is a stack of one size, or a list of any sizes.
+        shape: What becomes of a batch of images of any sizes, in the loader process.
+    """
+
+    def __init__(self, images: BatchSet, shape: Callable[[Any, Draws], Any]) -> None:
+        self.images = images
+        self.shape = shape
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, items: Sequence[int]) -> Any:
+        batch = self.images.__getitems__([item % len(self) for item in items])
+        if isinstance(batch.image, Tensor):
+            return batch
+        return self.shape(batch, Draws(run_seed(), items[0] // len(self)))
+
+
+class Cut:
+    """Views cut from whole images by a method's augmentation: nothing but what it needs leaves the loader process.
+
+    Args:
+        augment: Makes the views.
+    """
+
+    def __init__(self, augment: ViewAugment) -> None:
+        self.augment = augment
+
+    def __call__(self, batch: Any, draws: Draws) -> CutBatch:
+        """A batch whose views are cut."""
+        return CutBatch(self.augment.cut(batch, draws), batch.index)
+
+
+class Squashed:
+    """Whole images squashed to squares, for an augmentation that cuts on the device itself.
+
+    Args:
+        size: Side of the squares in pixels.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, batch: Any, draws: Draws) -> Any:
+        """A batch of one stack."""
+        flip = torch.zeros(1, len(batch.image), dtype=torch.bool)
+        (squares,) = cut_crops(batch.image, batch.source_size, whole_image(batch.source_size, flip), self.size)
+        return batch._replace(image=squares)
+
+
+def in_loader(augment: Any, decode_size: int) -> Callable[[Any, Draws], Any]:
+    """What a loader process makes of images of any sizes: views, if they are made in two halves, or else squares."""
+    return Cut(augment) if isinstance(augment, ViewAugment) else Squashed(decode_size)
 
 
 def check_sizes(sizes: Mapping[str, int]) -> None:
@@ -108,11 +170,13 @@ class ImageParts(NamedTuple):
         train: Read as batches without labels.
         bank: Labelled batches that evaluators learn from.
         queries: Labelled batches that evaluators predict.
+        labelled: The bank with whole images, to train on with their labels; None where its images are whole already.
     """
 
     train: BatchSet
     bank: BatchSet
     queries: BatchSet
+    labelled: BatchSet | None = None
 
 
 class ImageData(EvaluatedData):
@@ -124,7 +188,7 @@ class ImageData(EvaluatedData):
     Args:
         batch_size: Training images per rank; an epoch's incomplete last batch is left out.
         num_workers: Loader processes; 0 reads in the training process.
-        decode_size: Side in pixels of the squares in training batches.
+        decode_size: Side in pixels of the squares that an `augment` of one's own gets, if it is no `ViewAugment`.
         eval_size: Side in pixels of evaluation images.
         eval_batch_size: Images per evaluation batch and rank.
         bank_size: Most images that evaluators learn from.
@@ -134,10 +198,13 @@ class ImageData(EvaluatedData):
     Attributes:
         num_classes: None without labels; known after `setup`.
         class_names: Their names, in the order of labels.
+        augment: Outside a Trainer, what views are cut for in loader processes, such as a `MultiCropAugment`. In a
+            Trainer it is the method's.
     """
 
     num_classes: int | None = None
     class_names: tuple[str, ...] = ()
+    augment: Any = None
 
     def __init__(
         self,
@@ -163,7 +230,7 @@ class ImageData(EvaluatedData):
     def setup(self, stage: str) -> None:
         """Load, once, and refuse a batch that is larger than the data set before anything is computed."""
         if stage == "fit":
-            self._sampler()
+            self.sampler(self.parts.train, self.batch_size)
         else:
             self.parts  # noqa: B018
 
@@ -176,11 +243,28 @@ class ImageData(EvaluatedData):
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled batches without labels; of a restored run, those that were not trained on yet."""
-        return self._loader(self.parts.train, self.batch_size, resumed(self._sampler(), self.trainer))
+        return self.training_loader(self.parts.train, self.batch_size, self.trainer)
+
+    def training_loader(self, images: BatchSet, batch_size: int, trainer: Trainer | None) -> DataLoader:
+        """Shuffled batches of images, shaped for what the trainer trains.
+
+        Args:
+            images: What is trained on.
+            batch_size: Images per rank.
+            trainer: None shapes them for `augment`.
+        """
+        augment = getattr(trainer.lightning_module, "augment", None) if trainer else self.augment
+        dataset = TrainingSet(images, in_loader(augment, self.decode_size))
+        return self._loader(dataset, batch_size, resumed(self.sampler(images, batch_size), trainer))
 
     def val_dataloader(self) -> list[DataLoader]:
         """Labelled batches: bank, queries."""
-        return [self._loader(part, self.eval_batch_size) for part in self.parts[1:]]
+        return [self._loader(part, self.eval_batch_size) for part in (self.parts.bank, self.parts.queries)]
 
-    def _sampler(self) -> EpochSampler:
-        return EpochSampler(self.parts.train, self.batch_size, self.seed, world_size(), rank())
+    def sampler(self, images: BatchSet, batch_size: int) -> EpochSampler:
+        """The order of training images of this rank.
+
+        Raises:
+            ValueError: If there are fewer than one global batch.
+        """
+        return EpochSampler(images, batch_size, self.seed, world_size(), rank())

@@ -11,6 +11,8 @@ from ssl_distill.draws import Draws
 class EpochSampler(DistributedSampler[int]):
     """A new permutation every epoch, as a pure function of (seed, epoch), in whole batches.
 
+    Its items tell the epoch too, `epoch * len(dataset) + position`: loader processes live on and would not know.
+
     The ranks share one permutation image by image, so global batch s of an epoch holds the same images on two ranks as
     on one rank with the doubled batch. Being a `DistributedSampler`, Lightning leaves it in place and names the epoch.
 
@@ -52,7 +54,8 @@ class EpochSampler(DistributedSampler[int]):
         order = torch.randperm(self.num_images, generator=generator)
         mine = order[self.rank :: self.num_replicas][: self.num_samples]
         epoch, batches_done = self._start
-        return iter(mine[batches_done * self.batch_size if self.epoch == epoch else 0 :].tolist())
+        left = mine[batches_done * self.batch_size if self.epoch == epoch else 0 :]
+        return iter((self.epoch * self.num_images + left).tolist())
 
     def __len__(self) -> int:
         """Images of a whole epoch on this rank, also when it is resumed: Lightning counts from there."""

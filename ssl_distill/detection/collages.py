@@ -52,7 +52,7 @@ class DenseCollageData(ImageData):
 
     def load(self) -> ImageParts:
         """Read the garments; collages are made when they are asked for."""
-        train, _, _ = self.collages.load()
+        train = self.collages.load().train
         bank, query = (partial(_dense_batch, _collages(self.collages, train=part)) for part in (True, False))
         return ImageParts(
             train,
@@ -93,7 +93,7 @@ class CollageScenes(Dataset):
 
 def _collages(data: FashionCollageData, train: bool) -> Collages:
     """Those that `data` trains on, or those of its queries."""
-    _, train_garments, test_garments = data.garments.parts
+    _, train_garments, test_garments, _ = data.garments.parts
     return Collages(train_garments if train else test_garments, data.seed, stream=0 if train else 1)
 
 

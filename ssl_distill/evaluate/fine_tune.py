@@ -42,8 +42,8 @@ class FineTune(LightningModule):
         checkpoint: File with the pre-trained weights: a backbone.safetensors of ours, or an official DINO, iBOT, MAE
             or dBOT one. None trains the backbone as it is.
         drop_path_rate: Stochastic depth.
-        augment: Batch and random draws to normalised images for training; its `mean` and `std` normalise evaluation
-            images too. None is `ProbeCrop`.
+        augment: (batch, draws) to a `LabelledBatch` of normalised images for training; its `mean` and `std` normalise
+            evaluation images too. None is `ProbeCrop` with a bicubic filter.
         mixup: Parameter of the beta law of mixing whole images; 0 for none.
         cutmix: Parameter of the beta law of pasting one image into another; 0 for none. With both, each batch is as
             likely to get one as the other.
@@ -83,7 +83,7 @@ class FineTune(LightningModule):
         if not 0 < layer_decay <= 1:
             raise ValueError(f"`layer_decay` must be above 0 and at most 1 (1: equal rates), got {layer_decay}.")
         self.classifier = classifier(num_classes, backbone, backbone_kwargs, checkpoint, drop_path_rate)
-        self.training_view: Any = augment or ProbeCrop()
+        self.augment: Any = augment or ProbeCrop(filter="bicubic")
         self.mix = Mixup(
             mixup, cutmix, prob=float(mixup + cutmix > 0), label_smoothing=label_smoothing, num_classes=num_classes
         )
@@ -107,15 +107,12 @@ class FineTune(LightningModule):
         torch.manual_seed(seed)
         np.random.seed(seed % 2**32)
 
-    def training_step(self, batch: LabelledBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Cross-entropy against the classes of mixed images."""
-        with torch.autocast(batch.image.device.type, enabled=False):
-            images = self.training_view(batch, Draws(run_seed(), self.current_epoch))
+        images, targets, _ = self.augment(batch, Draws(run_seed(), self.current_epoch))
         images = images.to(self.classifier.head.weight.dtype)
         if len(images) % 2:  # images are mixed in pairs, of which the one in the middle would be its own
-            images, targets = images[:-1], batch.label[:-1]
-        else:
-            targets = batch.label
+            images, targets = images[:-1], targets[:-1]
         images, targets = self.mix(images, targets)
         loss: Tensor = self.loss(self.classifier(images), targets)
         self.log("train/loss", loss.detach(), prog_bar=True)
@@ -125,8 +122,7 @@ class FineTune(LightningModule):
         """Evaluation images as the classifier eats them."""
         dtype = self.classifier.head.weight.dtype
         mean, std = (
-            image.new_tensor(values, dtype=dtype).view(3, 1, 1)
-            for values in (self.training_view.mean, self.training_view.std)
+            image.new_tensor(values, dtype=dtype).view(3, 1, 1) for values in (self.augment.mean, self.augment.std)
         )
         return (image.to(dtype) / 255 - mean) / std
 

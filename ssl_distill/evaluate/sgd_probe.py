@@ -99,8 +99,8 @@ class SGDLinearProbe(LightningModule):
         feature_dim: D.
         num_classes: Labels are 0 ... num_classes - 1.
         prepare: Images to what the encoder eats, such as a method's `prepare`.
-        augment: Batch and random draws to the same for training, such as `ProbeCrop`; None trains on the images as
-            they are evaluated.
+        augment: (batch, draws) to a `LabelledBatch` of the same for training, such as `ProbeCrop`, which cuts from
+            whole images where `LabelledData` gives them; None trains on the images as they are evaluated.
         learning_rates: One head for each, meant for `reference_batch` images per step.
         reference_batch: Rates grow linearly with the global batch over this.
 
@@ -115,7 +115,7 @@ class SGDLinearProbe(LightningModule):
         feature_dim: int,
         num_classes: int,
         prepare: Callable[[Tensor], Tensor],
-        augment: Callable[[LabelledBatch, Draws], Tensor] | None = None,
+        augment: Callable[[Any, Draws], LabelledBatch] | None = None,
         learning_rates: Sequence[float] = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
         reference_batch: int = 256,
     ) -> None:
@@ -145,14 +145,14 @@ class SGDLinearProbe(LightningModule):
         features = encode(self.encoder, images)
         return F.linear(features, weight, bias).unflatten(1, (len(self.heads), -1)).transpose(0, 1)
 
-    def training_step(self, batch: LabelledBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Sum of the heads' cross-entropies: each head gets its own gradient."""
         if self.augment is None:
-            images = self.prepare(batch.image)
+            images, labels = self.prepare(batch.image), batch.label
         else:
-            images = self.augment(batch, Draws(run_seed(), self.current_epoch))
+            images, labels, _ = self.augment(batch, Draws(run_seed(), self.current_epoch))
         logits = self.logits(images)
-        losses = torch.stack([F.cross_entropy(of_head, batch.label) for of_head in logits])
+        losses = torch.stack([F.cross_entropy(of_head, labels) for of_head in logits])
         self.log_dict({f"probe/loss_{name}": loss for name, loss in self._by_head(losses.detach()).items()})
         return losses.sum()
 

@@ -126,14 +126,6 @@ class EvaluationSet:
         return join_scans([self[position] for position in positions])
 
 
-class EpochItems(EpochSampler):
-    """An `EpochSampler` whose items tell the epoch too: loader processes that outlive it would not know."""
-
-    def __iter__(self) -> Iterator[int]:
-        start = self.epoch * self.num_images
-        return (start + position for position in super().__iter__())
-
-
 class LidarData(EvaluatedData):
     """Training samples from lidar frames, and labelled whole scans for evaluation.
 
@@ -235,8 +227,8 @@ class LidarData(EvaluatedData):
         count = min(count, len(dataset))
         return [dataset[i * len(dataset) // count].images for i in range(count)]
 
-    def _sampler(self, dataset: TrainingSet) -> EpochItems:
-        return EpochItems(dataset, self.batch_size, self.seed, world_size(), rank())
+    def _sampler(self, dataset: TrainingSet) -> EpochSampler:
+        return EpochSampler(dataset, self.batch_size, self.seed, world_size(), rank())
 
 
 class _Joined:

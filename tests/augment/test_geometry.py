@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from ssl_distill.augment.geometry import DRAWS_PER_CROP, sample_crops, to_squashed
+from ssl_distill.augment.geometry import DRAWS_PER_CROP, sample_crops, scale_boxes
 from ssl_distill.draws import Draws
 
 RATIO = (3 / 4, 4 / 3)
@@ -97,8 +97,8 @@ def test_each_crop_uses_its_own_image_size():
         assert torch.equal(together[row : row + 1], alone)
 
 
-def test_to_squashed_maps_edges_to_edges():
+def test_scale_boxes_maps_edges_to_edges():
     size = torch.tensor([[100.0, 400.0], [50.0, 50.0]])
     boxes = torch.tensor([[0.0, 0, 400, 100], [10, 20, 30, 45]])
     expected = torch.tensor([[0.0, 0, 64, 32], [12.8, 12.8, 38.4, 28.8]])
-    torch.testing.assert_close(to_squashed(boxes, size, (32, 64)), expected)
+    torch.testing.assert_close(scale_boxes(boxes, size, (32, 64)), expected)

@@ -136,13 +136,13 @@ def test_autocast_changes_nothing():
 
 def test_presets():
     default = MultiCropAugment()
-    recipes = (default.global_recipe_1, default.global_recipe_2, default.local_recipe)
+    recipes = (*default.global_recipes, default.local_recipes[0])
     assert [recipe.blur_probability for recipe in recipes] == [1.0, 0.1, 0.5]
     assert [recipe.solarize_probability for recipe in recipes] == [0.0, 0.2, 0.0]
     v2 = v2_as_run()
-    recipes = (v2.global_recipe_1, v2.global_recipe_2, v2.local_recipe)
+    recipes = (*v2.global_recipes, v2.local_recipes[0])
     assert [recipe.blur_probability for recipe in recipes] == [0.0, 0.9, 0.5]
-    assert (v2.global_scale, v2.local_scale) == ((0.32, 1.0), (0.05, 0.32))
+    assert (v2.global_crop.scale, v2.local_crop.scale) == ((0.32, 1.0), (0.05, 0.32))
 
 
 @pytest.mark.filterwarnings("ignore")  # of jsonargparse about its own old names
@@ -153,13 +153,13 @@ def test_yaml_states_only_what_differs():
     changes = {"num_local": 2, "local_scale": [0.1, 0.3], "global_recipe_2": {"hue": 0, "blur_sigma": [0.1, 1.0]}}
     config = parser.parse_object({"augment": {"class_path": f"{here}.MultiCropAugment", "init_args": changes}})
     augment = parser.instantiate_classes(config).augment
-    assert (augment.num_local, augment.local_scale) == (2, (0.1, 0.3))
-    assert augment.global_recipe_2 == ColorRecipe(
+    assert (augment.num_local, augment.local_crop.scale) == (2, (0.1, 0.3))
+    assert augment.global_recipes[1] == ColorRecipe(
         hue=0, blur_probability=0.1, blur_sigma=(0.1, 1.0), solarize_probability=0.2
     )
-    assert augment.global_recipe_1 == MultiCropAugment().global_recipe_1
+    assert augment.global_recipes[0] == MultiCropAugment().global_recipes[0]
     config = parser.parse_object({"augment": {"class_path": f"{here}.v2_as_run", "init_args": {"num_local": 1}}})
-    assert parser.instantiate_classes(config).augment.global_recipe_2.blur_probability == 0.9
+    assert parser.instantiate_classes(config).augment.global_recipes[1].blur_probability == 0.9
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from ssl_distill.cli import main
@@ -63,7 +62,7 @@ def test_loaders_leave_out_what_cannot_be_read(folder, capsys, caplog):
     train = data.parts.train
     assert f"3 of 15 images in {folder} left out by {folder / 'quarantine.txt'}" in caplog.text
     assert len(train) == 12
-    assert train.__getitems__(range(12)).image.dtype == torch.uint8  # every file can be read
+    assert len(train.__getitems__(range(12)).image) == 12  # every file can be read
 
 
 def test_two_processes_find_the_same(folder):

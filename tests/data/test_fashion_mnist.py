@@ -39,8 +39,8 @@ def test_real_images():
     if not DEBIAN_FOLDER.is_dir():
         pytest.skip(f"{DEBIAN_FOLDER} is missing: apt-get install dataset-fashion-mnist")
     data = FashionMNISTData()
-    assert [len(part) for part in data.parts] == [60_000, 10_000, 2_000]
-    bank, queries = (part.read(part.positions) for part in data.parts[1:])
+    assert [len(part) for part in data.parts[:3]] == [60_000, 10_000, 2_000]
+    bank, queries = (part.read(part.positions) for part in data.parts[1:3])
     assert bank.label[:10].tolist() == [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]
     assert queries.label[:10].tolist() == [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]
     trousers = bank.image[bank.label == data.class_names.index("trouser")].float().mean((0, 1))

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from ssl_distill.data.images import evaluation_view, read_image, squash
+from ssl_distill.data.images import evaluation_view, read_image
 
 
 def smooth(width=40, height=30):
@@ -107,9 +107,9 @@ def test_errors(tmp_path, suffix, damage):
 def test_views_of_extreme_shapes():
     for height, width in ((1, 1), (20, 10_000), (10_000, 20), (3, 500)):
         image = torch.full((3, height, width), 77, dtype=torch.uint8)
-        for view in (squash(image, 96), evaluation_view(image, 96)):
-            assert view.shape == (3, 96, 96)
-            assert (view == 77).all()
+        view = evaluation_view(image, 96)
+        assert view.shape == (3, 96, 96)
+        assert (view == 77).all()
 
 
 def test_evaluation_view_is_resize_and_centre_crop():
@@ -118,10 +118,3 @@ def test_evaluation_view_is_resize_and_centre_crop():
         resized = F.resize(image, [shorter], InterpolationMode.BICUBIC, antialias=True)
         assert resized.shape[1] == shorter
         assert torch.equal(evaluation_view(image, size), F.center_crop(resized, [size, size]))
-
-
-def test_squash_is_antialiased():
-    stripes = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    stripes[:, :, ::2] = 255
-    squashed = squash(stripes, 16)[:, 2:-2, 2:-2].float()
-    assert (squashed - 127.5).abs().max() < 10

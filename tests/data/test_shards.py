@@ -71,9 +71,10 @@ def test_shards_give_the_folders_batches(folder, shards, num_workers):
 def test_a_run_goes_on_in_mid_epoch_and_ranks_share_it(shards, monkeypatch):
     data = data_of(shards)
     whole = [batch.index.tolist() for batch in data.train_dataloader()]
-    sampler = data._sampler()
+    sampler = data.sampler(data.parts.train, 4)
     sampler.resume_at(0, 2)
-    rest = [batch.index.tolist() for batch in data._loader(data.parts.train, 4, sampler)]
+    loader = data._loader(data.train_dataloader().dataset, 4, sampler)
+    rest = [batch.index.tolist() for batch in loader]
     assert rest == whole[2:]
     for rank in range(2):
         monkeypatch.setattr("ssl_distill.data.module.world_size", lambda: 2)

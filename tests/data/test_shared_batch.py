@@ -4,14 +4,14 @@ from torch.utils.data import DataLoader
 
 from ssl_distill.data import shared_batch
 from ssl_distill.data.module import BatchSet
-from ssl_distill.data.shared_batch import empty_batch
+from ssl_distill.data.shared_batch import empty_images
 
 PREFETCHED = 2  # batches per loader process, DataLoader's default
 
 
 def numbered(positions):
     """Images full of their position, and how many buffers this process has."""
-    images = empty_batch(len(positions), 6)
+    images = empty_images((len(positions),), 3, 6)
     for row, position in enumerate(positions):
         images[row] = torch.full((3, 6, 6), position, dtype=torch.uint8)
     return images, len(shared_batch._buffers)

@@ -14,7 +14,7 @@ def ramps(num, size=32):
 
 
 def test_crops_have_the_law_of_torchvision():
-    crops = ProbeCrop(16, mean=(0, 0, 0), std=(1, 1, 1))(ramps(2000), Draws(0, 0))
+    crops = ProbeCrop(16, mean=(0, 0, 0), std=(1, 1, 1))(ramps(2000), Draws(0, 0)).image
     assert crops.shape == (2000, 3, 16, 16)
     width = crops[:, 0, 8, -1] - crops[:, 0, 8, 0]
     height = crops[:, 1, -1, 8] - crops[:, 1, 0, 8]
@@ -28,9 +28,9 @@ def test_crops_have_the_law_of_torchvision():
 
 def test_replay_and_normalisation():
     crop = ProbeCrop(8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    first = crop(ramps(4), Draws(1, 0))
-    assert torch.equal(crop(ramps(4), Draws(1, 0)), first)
-    assert not torch.equal(crop(ramps(4), Draws(1, 1)), first)
+    first = crop(ramps(4), Draws(1, 0)).image
+    assert torch.equal(crop(ramps(4), Draws(1, 0)).image, first)
+    assert not torch.equal(crop(ramps(4), Draws(1, 1)).image, first)
     assert not torch.equal(first[0], first[1])
     torch.testing.assert_close(first[:, 2], torch.full((4, 8, 8), -1.0))
 
@@ -38,7 +38,7 @@ def test_replay_and_normalisation():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": 0}, "`size` must be at least 1, got 0"),
+        ({"size": 0}, "`size` must be at least 1 pixel, got 0"),
         ({"scale": (0.5, 1.5)}, r"`scale` must be .*, got \(0.5, 1.5\)"),
     ],
 )

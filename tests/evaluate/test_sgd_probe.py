@@ -141,7 +141,7 @@ def test_training_sees_augmented_images_and_validation_does_not(tmp_path):
 
     def augment(batch, draws):
         augmented.append((batch.index.tolist(), draws.epoch))
-        return batch.image
+        return batch
 
     probe = SGDLinearProbe(nn.Flatten(), 4, 3, prepare, augment, learning_rates=(0.1,))
     data = loader(*blob_images(6, 0), 3)

@@ -2,9 +2,10 @@
 
 Run: python tools/bench/stream.py [--images 5000] [--folder-images 20000] [--workers N] [--rounds 3]
 needs: pip install litdata
-Protocol: generated JPEGs of 500 x 375 (smooth noise with some grain, quality 90, about 60 kB), squashed to 256 px, in
-batches of 64 in a shuffled order, as `ImageFolderData` gives them to training; one and the same class reads all three.
-The decode bound is what as many processes as the loader has do if they only read, decode and squash the same files,
+Protocol: generated JPEGs of 500 x 375 (smooth noise with some grain, quality 90, about 60 kB), DINO's ten crops cut
+from each, in batches of 64 in a shuffled order, as `ImageFolderData` gives them to training; one and the same class
+reads all three.
+The decode bound is what as many processes as the loader has do if they only read, decode and cut the same files,
 without batches and without handing anything over.
 Times: wall time, sides alternate. The formats run whole epochs, loader's start included; folder and decode bound take
 turns at stretches of one epoch, without the batches that were ready when a turn began. Files were just written, so they
@@ -24,11 +25,14 @@ import torch.nn.functional as F
 from measure import ratio, spread
 from torchvision.io import write_jpeg
 
+from ssl_distill.augment.multi_crop import MultiCropAugment
+from ssl_distill.data.batch import ImageBatch, source_sizes
 from ssl_distill.data.image_folder import ImageFolderData
-from ssl_distill.data.images import read_image, squash
+from ssl_distill.data.images import read_image
 from ssl_distill.data.optimize import optimize
+from ssl_distill.draws import Draws
 
-BATCH, DECODE_SIZE, STRETCHES = 64, 256, 8
+BATCH, STRETCHES = 64, 8
 _PER_TAR = 1000
 
 
@@ -55,19 +59,25 @@ def write_tars(folder: Path, output: Path) -> None:
                 tar.add(file, file.name)
 
 
+def data_of(root: Path, workers: int) -> ImageFolderData:
+    """The module that training runs, for DINO."""
+    data = ImageFolderData(str(root), batch_size=BATCH, num_workers=workers, seed=0)
+    data.augment = MultiCropAugment()
+    data.setup("fit")
+    return data
+
+
 def epoch(root: Path, workers: int) -> float:
     """Images per second of one epoch of training batches."""
-    data = ImageFolderData(str(root), decode_size=DECODE_SIZE, batch_size=BATCH, num_workers=workers, seed=0)
-    data.setup("fit")
+    data = data_of(root, workers)
     start = time.perf_counter()
     seen = sum(len(batch.index) for batch in data.train_dataloader())
     return seen / (time.perf_counter() - start)
 
 
 def against_decoding(root: Path, workers: int) -> dict[str, list[float]]:
-    """Images per second of stretches of one epoch, in turns with processes that only read, decode and squash."""
-    data = ImageFolderData(str(root), decode_size=DECODE_SIZE, batch_size=BATCH, num_workers=workers, seed=0)
-    data.setup("fit")
+    """Images per second of stretches of one epoch, in turns with processes that only read, decode and cut."""
+    data = data_of(root, workers)
     loader = data.train_dataloader()
     batches = iter(loader)
     ahead = (loader.prefetch_factor or 0) * workers  # read while it was the other side's turn: not counted
@@ -91,7 +101,8 @@ def against_decoding(root: Path, workers: int) -> dict[str, list[float]]:
 
 
 def _decode(file: str) -> None:
-    squash(read_image(file), DECODE_SIZE)
+    image = [read_image(file)]
+    MultiCropAugment().cut(ImageBatch(image, source_sizes(image), torch.zeros(1).long()), Draws(0, 0))
 
 
 def show(rates: dict[str, list[float]]) -> None:
