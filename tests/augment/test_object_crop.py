@@ -114,6 +114,20 @@ def test_small_objects_are_not_chosen():
     assert not views.valid.any()
 
 
+@pytest.mark.parametrize("missing", ["whole_image", "skip"])
+def test_local_crops_that_miss_the_object_teach_nothing(missing):
+    """Small objects off the middle, and local crops anywhere: a view is valid where it shows white."""
+    batch = white_ellipses(60)
+    augment = ObjectCropAugment(crops(), patch_size=8, local_min_coverage=0.0, missing=missing)
+    views = augment(batch, Draws(0, 0))
+    seen = (views.local_crops[:, :, 1] > 0.5).any(-1).any(-1)
+    valid = views.valid[2:]
+    assert 0.05 < 1 - valid.float().mean() < 0.7
+    assert not (seen & ~valid).any()
+    assert (views.local_crops[:, :, 1].mean((-1, -2))[valid] > 0).all()
+    assert views.valid[:2].all()
+
+
 def test_views_do_not_depend_on_company():
     batch = white_ellipses(6)
     augment = ObjectCropAugment(crops(), patch_size=8)

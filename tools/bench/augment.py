@@ -1,7 +1,8 @@
 """CPU time per image of our multi-crop against torchvision v2, a kornia chain and lightly's DINOTransform.
 
 Run: python tools/bench/augment.py [--quick] [--rounds 9]        optional: pip install lightly
-Protocol: DINO's recipe on images that are decoded already, as bytes (lightly: as PIL images), to normalised views.
+Protocol: DINO's recipe on images that are decoded already, as bytes (lightly: as PIL images), to normalised views;
+squares are cut by ours on the device, other images one by one, as loader processes do.
 torchvision and lightly work image by image, ours and kornia on the batch; kornia crops in its faster mode.
 One thread, one process, sides alternate, medians over the rounds, one round before them is left out. As after a
 training step, the allocator keeps freed memory (31 MiB are freed once); ours gains most by it, up to 1.3x at 32 px.
@@ -23,15 +24,15 @@ from torchvision.transforms import v2
 from torchvision.transforms.functional import to_pil_image
 
 from ssl_distill.augment.multi_crop import IMAGENET_MEAN, IMAGENET_STD, MultiCropAugment
-from ssl_distill.data.batch import ImageBatch
+from ssl_distill.data.batch import ImageBatch, Images, source_sizes
 from ssl_distill.draws import Draws
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes in pixels, and how kornia crops fastest there."""
+    """Sizes in pixels, and how kornia crops fastest there. What is not square comes one by one, as from files."""
 
-    decoded: int
+    decoded: tuple[int, int]
     global_size: int
     local_size: int
     num_local: int
@@ -39,10 +40,14 @@ class Case:
     kornia_crop: str
 
 
-CASES = (Case(32, 32, 16, 6, 128, "resample"), Case(256, 224, 96, 8, 16, "slice"))
+CASES = (
+    Case((32, 32), 32, 16, 6, 128, "resample"),
+    Case((256, 256), 224, 96, 8, 16, "slice"),
+    Case((375, 500), 224, 96, 8, 16, "slice"),
+)
 GLOBAL_SCALE, LOCAL_SCALE = (0.4, 1.0), (0.05, 0.4)
 RECIPES = ((GLOBAL_SCALE, 1.0, 0.0), (GLOBAL_SCALE, 0.1, 0.2), (LOCAL_SCALE, 0.5, 0.0))  # scale, blur, solarise
-REACH = {32: {"torchvision v2": 8, "kornia": 3}, 256: {"torchvision v2": 2, "kornia": 2}}
+REACH = {32: {"torchvision v2": 8, "kornia": 3}, 256: {"torchvision v2": 2, "kornia": 2}, 375: {}}
 
 
 def images_of(case: Case) -> Tensor:
@@ -55,8 +60,10 @@ def images_of(case: Case) -> Tensor:
 def ours(case: Case) -> Callable[[], object]:
     """The module that training runs."""
     augment = MultiCropAugment(case.global_size, case.local_size, case.num_local)
-    size = torch.full((case.batch, 2), float(case.decoded))
-    batch = ImageBatch(images_of(case), size, torch.arange(case.batch))
+    images: Images = images_of(case)
+    if case.decoded[0] != case.decoded[1]:
+        images = list(images.contiguous(memory_format=torch.channels_last))  # as decoders give them
+    batch = ImageBatch(images, source_sizes(images), torch.arange(case.batch))
     epochs = iter(range(1_000_000))
     return lambda: augment(batch, Draws(0, next(epochs)))
 
@@ -142,7 +149,7 @@ def main() -> None:
     for case in CASES:
         times = paired_times({name: SIDES[name](case) for name in names}, rounds)
         print(
-            f"\n{case.decoded} px to 2x{case.global_size} + {case.num_local}x{case.local_size}, "
+            f"\n{case.decoded[0]} x {case.decoded[1]} px to 2x{case.global_size} + {case.num_local}x{case.local_size}, "
             f"batch {case.batch}, n = {rounds}, CPU ms per image"
         )
         print(f"{'':16}{'median':>9}{'min':>9}{'max':>9}{'ours is faster by':>20}{'to reach':>10}")
@@ -150,7 +157,7 @@ def main() -> None:
             per_image = [1000 * s / case.batch for s in seconds]
             print(
                 f"{name:16}{statistics.median(per_image):9.3f}{min(per_image):9.3f}{max(per_image):9.3f}"
-                f"{ratio(seconds, times['ours']):19.2f}x{REACH[case.decoded].get(name, ''):>10}"
+                f"{ratio(seconds, times['ours']):19.2f}x{REACH[case.decoded[0]].get(name, ''):>10}"
             )
     if "lightly" not in names:
         print("\nlightly: not installed")

@@ -210,9 +210,9 @@ def ways(contents: list[bytes]) -> None:
                     stretched = scale_boxes(place.boxes_xyxy, size, image.shape[1:])
                     cut_crops([image], size, CropBoxes(stretched, place.flip), kinds[name][0].size)
         milliseconds = 1000 * (time.process_time() - start) / len(contents)
-        size = 3 * (2 * 224**2 + 8 * 96**2) if bytes_of is None else bytes_of
+        num_bytes = 3 * (2 * 224**2 + 8 * 96**2) if bytes_of is None else bytes_of
         numbers = "".join(f"{value:{width}.3f}" for value, width in zip(row, (12, 8, 8), strict=True))
-        print(f"{way:34}{numbers}{size / 1000:8.0f}{milliseconds:8.1f}", flush=True)
+        print(f"{way:34}{numbers}{num_bytes / 1000:8.0f}{milliseconds:8.1f}", flush=True)
 
 
 def _ways() -> dict[str, tuple[Callable[[bytes], Tensor], int | None]]:
