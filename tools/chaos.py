@@ -139,8 +139,8 @@ def contents(folder: Path) -> dict[str, Any]:
             if name == "last.ckpt":
                 found |= tensors(checkpoint["optimizer_states"], f"{name}: optimizer")
                 found[f"{name}: global_step"] = checkpoint["global_step"]
-    for file in folder.glob("*.safetensors"):
-        found |= tensors(load_file(file), file.name)
+    for exported in folder.glob("*.safetensors"):
+        found |= tensors(load_file(exported), exported.name)
     if (folder / "evaluation.json").exists():
         found |= entries(json.loads((folder / "evaluation.json").read_text()), "evaluation.json")
     with (folder / "metrics.csv").open(newline="") as file:
@@ -170,7 +170,7 @@ def entries(value: Any, name: str) -> dict[str, Any]:
 def differences(folder: Path, expected: Path) -> list[str]:
     """Names of what differs, or is there in one of them only."""
     ours, theirs = contents(folder), contents(expected)
-    wrong = [name for name in sorted(ours.keys() ^ theirs.keys())]
+    wrong = list(ours.keys() ^ theirs.keys())
     for name in ours.keys() & theirs.keys():
         same = (
             torch.equal(ours[name], theirs[name])
@@ -320,9 +320,8 @@ def main() -> int:
         scratch.mkdir(parents=True, exist_ok=True)
         if "pcd" in options.methods:
             teacher = scratch / "teacher"
-            ended = run(
-                [*arguments_of("dino", 0, scratch, teacher), "-c", "configs/dino/fashion_mnist.yaml"], scratch / "log"
-            )
+            given = [*arguments_of("dino", 0, scratch, teacher), "-c", "configs/dino/fashion_mnist.yaml"]
+            ended = run(given, scratch / "log")
             assert ended.code == 0, ended.printed
         wholes: dict[tuple[str, int], Undisturbed] = {}
         tried: Counter[tuple[str, str]] = Counter()
