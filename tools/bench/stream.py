@@ -6,7 +6,7 @@ Protocol: generated JPEGs of 500 x 375 (smooth noise with some grain, quality 90
 from each, in batches of 64 in a shuffled order, as `ImageFolderData` gives them to training; one and the same class
 reads all three.
 The decode bound is what as many processes as the loader has do if they only read, decode and cut the same files,
-without batches and without handing anything over.
+without handing anything over.
 Times: wall time, sides alternate. The formats run whole epochs, loader's start included; folder and decode bound take
 turns at stretches of one epoch, without the batches that were ready when a turn began. Files were just written, so they
 are read from memory: disks and networks are not measured.
@@ -95,14 +95,15 @@ def against_decoding(root: Path, workers: int) -> dict[str, list[float]]:
                 next(batches)
             rates["folder"].append(length * BATCH / (time.perf_counter() - start))
             start = time.perf_counter()
-            pool.map(_decode, files[stretch * length * BATCH :][: length * BATCH], chunksize=BATCH)
+            mine = files[stretch * length * BATCH :][: length * BATCH]
+            pool.map(_decode, [mine[i : i + BATCH] for i in range(0, len(mine), BATCH)], chunksize=1)
             rates["decode bound"].append(length * BATCH / (time.perf_counter() - start))
     return rates
 
 
-def _decode(file: str) -> None:
-    image = [read_image(file)]
-    MultiCropAugment().cut(ImageBatch(image, source_sizes(image), torch.zeros(1).long()), Draws(0, 0))
+def _decode(files: list[str]) -> None:
+    images = [read_image(file) for file in files]
+    MultiCropAugment().cut(ImageBatch(images, source_sizes(images), torch.arange(len(files))), Draws(0, 0))
 
 
 def show(rates: dict[str, list[float]]) -> None:
