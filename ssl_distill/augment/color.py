@@ -1,26 +1,34 @@
 """Colours of crops: a recipe says what may happen, uniform numbers decide what happens to each crop."""
 
-import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache, partial
+from typing import Any, NamedTuple
 
+import kornia.augmentation as K
 import torch
 from jaxtyping import Bool, Float, Int
+from kornia import enhance
+from kornia.color import rgb_to_grayscale
 from torch import Tensor
 
 from ssl_distill.augment.checks import check_probability, check_range
-from ssl_distill.augment.resample import mix_lines
+from ssl_distill.augment.color_ops import (
+    NUM_ORDERS,
+    PerImageColorJitter,
+    WholeGaussianBlur,
+    blur,
+    change_where,
+    check_rgb,
+    jitter,
+)
+from ssl_distill.augment.kornia_recipe import KorniaRecipe
 
 DRAWS_PER_COLOR = 10
 """Uniform numbers that the colours of one crop consume."""
 
-_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
-_ORDERS = torch.tensor(list(itertools.permutations(range(4))))  # the jitter's sub-steps in all 24 orders
-_LINEAR_ORDERS = _ORDERS[_ORDERS != _HUE].view(-1, 3)  # the same without hue
-_HUE_PLACES = (_ORDERS == _HUE).nonzero()[:, 1]  # number of sub-steps before hue
-_LUMA_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R 601-2, as in PIL
+SOLARIZE_FROM = 128 / 255
+"""Brightness from which `ColorRecipe` inverts."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +67,40 @@ class ColorRecipe:
                 raise ValueError(f"`{name}` must be from 0 (off) to {most}, got {getattr(self, name)}.")
         check_range("blur_sigma", self.blur_sigma)
 
+    def pipeline(self) -> K.AugmentationSequential:
+        """The recipe as kornia modules, which draw from the global generator: to be mended, or put into other code."""
+        return K.AugmentationSequential(
+            PerImageColorJitter(self.brightness, self.contrast, self.saturation, self.hue, p=self.jitter_probability),
+            K.RandomGrayscale(p=self.greyscale_probability),
+            WholeGaussianBlur(self.blur_sigma, p=self.blur_probability),
+            K.RandomSolarize((SOLARIZE_FROM, SOLARIZE_FROM), (0.0, 0.0), p=self.solarize_probability),
+            data_keys=["input"],
+        )
+
+    def check_channels(self, count: int) -> None:
+        """Refuse images whose colours the recipe cannot change.
+
+        Raises:
+            ValueError: If there are not 3 channels, and saturation, hue or greyscale would act on them.
+        """
+        if self.jitter_probability and (self.saturation or self.hue):
+            check_rgb(count, "ColorRecipe.jitter", "set `saturation` and `hue` to 0")
+        if self.greyscale_probability:
+            check_rgb(count, "ColorRecipe.greyscale", "set `greyscale_probability` to 0")
+
     def decide(self, uniform: Float[Tensor, "N draws"]) -> "ColorDecisions":
         """What happens to N crops; `uniform` holds `DRAWS_PER_COLOR` numbers in [0, 1) for each."""
-        jitter, order, *factors, greyscale, blur, sigma, solarize = uniform.unbind(1)
-        strengths = uniform.new_tensor([self.brightness, self.contrast, self.saturation, self.hue])
-        change = (2 * torch.stack(factors, dim=1) - 1) * strengths * (jitter < self.jitter_probability)[:, None]
+        jitter, order, *numbers, greyscale, blur, sigma, solarize = uniform.unbind(1)
+        strengths = (self.brightness, self.contrast, self.saturation, self.hue)
+        jittered = jitter < self.jitter_probability
+        *factors, turn = (
+            (2 * number - 1) * strength * jittered for number, strength in zip(numbers, strengths, strict=True)
+        )
         low, high = self.blur_sigma
         return ColorDecisions(
-            factors=1 + change[:, :_HUE],
-            turn=change[:, _HUE],
-            order=(order * len(_ORDERS)).long(),
+            factors=1 + torch.stack(factors, dim=1),
+            turn=turn,
+            order=(order * NUM_ORDERS).long(),
             greyscale=greyscale < self.greyscale_probability,
             blur=blur < self.blur_probability,
             sigma=low + (high - low) * sigma,
@@ -98,9 +130,13 @@ class ColorDecisions(NamedTuple):
     solarize: Bool[Tensor, "N"]
 
 
+Recipe = ColorRecipe | KorniaRecipe
+"""What happens to the crops of one view after they are cut."""
+
+
 def recolor(
-    crops: Float[Tensor, "V B 3 H W"], recipes: Sequence[ColorRecipe], uniform: Float[Tensor, "V B draws"]
-) -> Float[Tensor, "V B 3 H W"]:
+    crops: Float[Tensor, "V B C H W"], recipes: Sequence[Recipe], uniform: Float[Tensor, "V B draws"]
+) -> Float[Tensor, "V B C H W"]:
     """Change the colours of crops, one recipe per view.
 
     Args:
@@ -111,112 +147,59 @@ def recolor(
     Returns:
         Crops in [0, 1].
     """
+    groups: dict[object, list[int]] = {}  # views that are changed together
+    for view, recipe in enumerate(recipes):
+        groups.setdefault(ColorRecipe if isinstance(recipe, ColorRecipe) else recipe, []).append(view)
+    if list(groups) == [ColorRecipe]:
+        return _recolor(crops, recipes, uniform)
+    for views in groups.values():
+        images, numbers = (torch.stack([each[view] for view in views]) for each in (crops, uniform))
+        recipe = recipes[views[0]]
+        if isinstance(recipe, ColorRecipe):
+            changed = _recolor(images, [recipes[view] for view in views], numbers)
+        else:
+            changed = recipe(images.flatten(0, 1), numbers.flatten(0, 1)).view_as(images)
+        for view, crop in zip(views, changed, strict=True):
+            crops[view] = crop
+    return crops
+
+
+def _recolor(crops: Tensor, recipes: Sequence[Any], uniform: Tensor) -> Tensor:
+    """What the recipes' `pipeline` gives for the same decisions, in a fraction of its time.
+
+    kornia's containers apply every operator to all crops and choose afterwards.
+    """
+    for recipe in recipes:
+        recipe.check_channels(crops.shape[2])
     per_view = [recipe.decide(numbers) for recipe, numbers in zip(recipes, uniform, strict=True)]
     decided = ColorDecisions(*(torch.cat(column) for column in zip(*per_view, strict=True)))
     images = crops.flatten(0, 1)
     jitter(images, decided.factors, decided.turn, decided.order)
-    gray = decided.greyscale.nonzero()[:, 0]
-    images[gray] = greyscale(images[gray])[:, None]
-    blurred = decided.blur.nonzero()[:, 0]
-    if len(blurred):
-        largest_sigma = max(recipe.blur_sigma[1] for recipe in recipes)
-        images.index_copy_(0, blurred, blur(images.index_select(0, blurred), decided.sigma[blurred], largest_sigma))
-    inverted = decided.solarize.nonzero()[:, 0]
-    images[inverted] = solarize(images[inverted])
+    if images.shape[1] == 3:
+        change_where(decided.greyscale, images, rgb_to_grayscale)
+    widest = partial(blur, largest_sigma=max(recipe.blur_sigma[1] for recipe in recipes))
+    change_where(decided.blur, images, widest, decided.sigma)
+    change_where(decided.solarize, images, partial(enhance.solarize, thresholds=SOLARIZE_FROM))
     return images.view_as(crops)
 
 
-def jitter(
-    images: Float[Tensor, "N 3 H W"], factors: Float[Tensor, "N 3"], turn: Float[Tensor, "N"], order: Int[Tensor, "N"]
-) -> None:
-    """Change brightness, contrast, saturation and hue in place, each image in its own order.
-
-    Args:
-        images: In [0, 1].
-        factors: Of brightness, contrast and saturation; 1 changes nothing.
-        turn: Of hue, as a share of the colour circle.
-        order: Number of the permutation of the four sub-steps, in lexicographic order.
-    """
-    # Deviation: kornia's ColorJitter has the same formulas, but draws the order once per batch instead of per image.
-    # Whatever the order, three blends with grey or black follow one another, with hue before, between or after.
-    blends = _LINEAR_ORDERS.to(order.device)[order]  # (N, 3)
-    hue_place = _HUE_PLACES.to(order.device)[order]
-    for place in range(4):
-        turned = ((hue_place == place) & (turn != 0)).nonzero()[:, 0]
-        if len(turned):
-            images.index_copy_(0, turned, shift_hue(images.index_select(0, turned), turn[turned]))
-        if place < 3:
-            _blend(images, blends[:, place], factors.gather(1, blends[:, place, None])[:, 0])
-
-
-def _blend(images: Float[Tensor, "N 3 H W"], step: Int[Tensor, "N"], factor: Float[Tensor, "N"]) -> None:
-    """factor * image + (1 - factor) * base, clamped; the base is black, the image's mean grey, or its grey pixels."""
-    gray = greyscale(images)
-    rest = 1 - factor
-    of_pixel = rest * (step == _SATURATION)
-    of_mean = rest * (step == _CONTRAST) * gray.mean(dim=(1, 2))
-    base = torch.addcmul(of_mean[:, None, None], gray, of_pixel[:, None, None])
-    torch.addcmul(base[:, None], images, factor[:, None, None, None], out=images).clamp_(0, 1)
-
-
-def greyscale(images: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N H W"]:
-    """Grey value of every pixel."""
-    red, green, blue = images.unbind(1)
-    return (red * _LUMA_WEIGHTS[0]).add_(green, alpha=_LUMA_WEIGHTS[1]).add_(blue, alpha=_LUMA_WEIGHTS[2])
-
-
-def shift_hue(images: Float[Tensor, "N 3 H W"], turn: Float[Tensor, "N"]) -> Float[Tensor, "N 3 H W"]:
-    """Turn every colour around the HSV hexagon, exactly, without making an HSV image.
-
-    Args:
-        images: In [0, 1].
-        turn: Share of the full circle.
-    """
-    red, green, blue = images.unbind(1)
-    low = red.minimum(green).minimum(blue)
-    chroma = red.maximum(green).maximum(blue).sub_(low)
-    # Deviation: kornia.enhance.adjust_hue gives the same colours in 10 to 13 times the time.
-    # On the hexagon red is at 0, green at 2, blue at 4; the way from red is 1 + (green + blue - red - low) / chroma.
-    sector = (green + blue).sub_(red).sub_(low).div_(chroma.clamp(min=1e-12)).add_(1).copysign_(green - blue)
-    sector.add_(6 * turn[:, None, None])
-    sector.sub_((sector / 6).floor_(), alpha=6)
-
-    shifted = torch.empty_like(images)
-    shares = ((sector - 3).abs_().sub_(1), 2 - (sector - 2).abs_(), 2 - (sector - 4).abs_())
-    for channel, share in enumerate(shares):
-        torch.addcmul(low, chroma, share.clamp_(0, 1), out=shifted[:, channel])
-    return shifted
-
-
-def blur(images: Float[Tensor, "N 3 H W"], sigma: Float[Tensor, "N"], largest_sigma: float) -> Float[Tensor, "N 3 H W"]:
-    """Gaussian blur, each image with its own width.
-
-    Args:
-        images: Images whose border pixels are repeated outwards.
-        sigma: Standard deviation in pixels.
-        largest_sigma: Sets the size of the kernel: three deviations to each side.
-    """
-    # Deviation: kornia.filters.gaussian_blur2d gives the same images in 1.2 to 2.5 times the time.
-    radius = math.ceil(3 * largest_sigma)
-    offset = torch.arange(-radius, radius + 1, device=images.device)
-    weight = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
-    weight = (weight / weight.sum(dim=1, keepdim=True))[:, None]  # (N, 1, K): the same for all lines
-    itself = torch.arange(len(images), device=images.device)
-    for _ in range(2):  # down the columns, then, transposed, along the rows
-        lines = images.shape[2]
-        position = (torch.arange(lines, device=images.device)[:, None] + offset).clamp(0, lines - 1)
-        shape = (len(images), *position.shape)
-        images = mix_lines(images, itself, position.expand(shape), weight.expand(shape)).transpose(2, 3).contiguous()
-    return images
-
-
-def solarize(images: Float[Tensor, "*shape"], threshold: float = 128 / 255) -> Float[Tensor, "*shape"]:
-    """Invert what is at least as bright as the threshold."""
-    return torch.where(images >= threshold, 1 - images, images)
-
-
 def normalize(
-    images: Float[Tensor, "*V 3 H W"], mean: Sequence[float], std: Sequence[float]
-) -> Float[Tensor, "*V 3 H W"]:
-    """Subtract the mean and divide by the standard deviation of each channel, in place."""
-    return images.sub_(images.new_tensor(mean).view(3, 1, 1)).div_(images.new_tensor(std).view(3, 1, 1))
+    images: Float[Tensor, "*V C H W"], mean: Sequence[float], std: Sequence[float]
+) -> Float[Tensor, "*V C H W"]:
+    """Subtract the mean and divide by the standard deviation of each channel.
+
+    Raises:
+        ValueError: If the numbers are not one per channel.
+    """
+    channels = images.shape[-3]
+    if not len(mean) == len(std) == channels:
+        raise ValueError(f"`mean` and `std` must have one number per channel, {channels} here, got {mean} and {std}.")
+    numbers = (_channel_numbers(tuple(each), images.device, images.dtype) for each in (mean, std))
+    return enhance.normalize(images.reshape(-1, *images.shape[-3:]), *numbers).view_as(images)
+
+
+@cache
+def _channel_numbers(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Kept on the device: to copy them there for every batch is to wait for it every time."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device, dtype=dtype)

@@ -5,19 +5,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from kornia.color import rgb_to_grayscale
+from kornia.enhance import solarize
 from torchvision.transforms.v2 import functional as torchvision
 
-from ssl_distill.augment.color import (
-    DRAWS_PER_COLOR,
-    ColorRecipe,
-    blur,
-    greyscale,
-    jitter,
-    normalize,
-    recolor,
-    shift_hue,
-    solarize,
-)
+from ssl_distill.augment.color import DRAWS_PER_COLOR, SOLARIZE_FROM, ColorRecipe, normalize, recolor
+from ssl_distill.augment.color_ops import blur, change_where, jitter, shift_hue
 from ssl_distill.augment.resample import resample_crops
 from ssl_distill.draws import Draws
 
@@ -58,8 +51,8 @@ def test_golden(golden):
                 difference = error(jittered(image, [{name: amount}], [order])[0], f"{name}_{i}")
                 assert difference.max() <= (12 if name == "hue" else 2), name
                 assert difference.mean() <= 1, name
-    assert error(greyscale(image), "grayscale").max() <= 1
-    assert error(solarize(image)[0], "solarize_128").max() <= 1e-4
+    assert error(rgb_to_grayscale(image)[0], "grayscale").max() <= 1
+    assert error(solarize(image, SOLARIZE_FROM)[0], "solarize_128").max() <= 1e-4
     for i, sigma in enumerate(params["blur_radius"]):
         difference = error(blur(image, torch.tensor([sigma]), max(params["blur_radius"]))[0], f"blur_{i}")
         assert difference.max() <= 7
@@ -196,3 +189,61 @@ def test_probabilities_and_ranges():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         ColorRecipe(**arguments)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 13])
+def test_pipeline_is_the_recipe(channels):
+    """The kornia modules of a recipe, given what it decided, against the fast path."""
+    color = {} if channels == 3 else {"saturation": 0.0, "hue": 0.0, "greyscale_probability": 0.0}
+    recipe = ColorRecipe(solarize_probability=0.5, **color)
+    images, uniform = torch.rand(64, channels, 12, 10), torch.rand(64, DRAWS_PER_COLOR)
+    decided = recipe.decide(uniform)
+    pipeline = recipe.pipeline()
+    params = pipeline.forward_parameters(images.shape)
+    names = ("brightness_factor", "contrast_factor", "saturation_factor")
+    params[0].data.update(zip(names, decided.factors.unbind(1), strict=True))
+    params[0].data.update(hue_factor=decided.turn, order=decided.order, batch_prob=torch.ones(64))
+    params[1].data.update(batch_prob=decided.greyscale.float())
+    params[2].data.update(batch_prob=decided.blur.float(), sigma=decided.sigma)
+    params[3].data.update(batch_prob=decided.solarize.float())
+    expected = pipeline(images, params=params)
+    assert (expected - images).abs().flatten(1).amax(1).gt(0.05).float().mean() > 0.5
+    torch.testing.assert_close(recolor(images.clone()[None], [recipe], uniform[None])[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_channels(channels):
+    images, uniform = torch.rand(1, 4, channels, 6, 6), torch.rand(1, 4, DRAWS_PER_COLOR)
+    for recipe, operator in (
+        (ColorRecipe(greyscale_probability=0), "ColorRecipe.jitter"),
+        (ColorRecipe(saturation=0, hue=0), "ColorRecipe.greyscale"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"`{operator}` changes colours of 3 channels .* images of {channels}; set"
+        ):
+            recolor(images, [recipe], uniform)
+    without_color = ColorRecipe(1.0, saturation=0, hue=0, greyscale_probability=0, blur_probability=1)
+    changed = normalize(recolor(images.clone(), [without_color], uniform), [0.5] * channels, [0.2] * channels)
+    assert changed.shape == images.shape
+    for mean, std in (([0.5] * 2, [0.2] * channels), ([0.5] * channels, [0.2] * 2)):
+        with pytest.raises(ValueError, match=f"`mean` and `std` must have one number per channel, {channels} here"):
+            normalize(images, mean, std)
+
+
+def test_a_gpu_is_never_waited_for():
+    """On the meta device there are no values to wait for."""
+    recipes = [ColorRecipe(solarize_probability=0.5), ColorRecipe(blur_probability=0.1)]
+    crops, uniform = torch.rand(2, 5, 3, 16, 16, device="meta"), torch.rand(2, 5, DRAWS_PER_COLOR, device="meta")
+    assert normalize(recolor(crops, recipes, uniform), [0.5] * 3, [0.5] * 3).shape == crops.shape
+
+
+def test_both_ways_to_choose_agree():
+    """Rows taken out and put back, as on a CPU, and masks, as on a GPU."""
+    images, chosen, amount = torch.rand(6, 3, 5, 5), torch.tensor([1, 0, 1, 0, 0, 1]).bool(), torch.rand(6)
+
+    def change(images, amount):
+        return (images * amount[:, None, None, None]).mean(1, keepdim=True)
+
+    expected = torch.where(chosen[:, None, None, None], change(images, amount), images)
+    change_where(chosen, images, change, amount)
+    assert torch.equal(images, expected)
