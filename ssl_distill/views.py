@@ -5,6 +5,8 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ssl_distill.augment.pixel_map import PixelMap
+
 
 class MultiCrop(NamedTuple):
     """Normalised crops of one batch; iterating yields one stack per resolution.
@@ -62,12 +64,14 @@ class TwoViews(NamedTuple):
         boxes_xyxy: Left, top, right, bottom edges of each view in pixels of the original image.
         flip: True where the view is mirrored left to right.
         origin: Seed and epoch of the draws and number of the image. Equal rows are equal views.
+        moved: Where pixels of the crops went in the views, first views first; None where all stay at their places.
     """
 
     images: Float[Tensor, "2 B 3 H W"]
     boxes_xyxy: Float[Tensor, "2 B 4"]
     flip: Bool[Tensor, "2 B"]
     origin: Int[Tensor, "B 3"]
+    moved: PixelMap | None = None
 
 
 class MaskedImages(NamedTuple):

@@ -8,17 +8,26 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ssl_distill.augment.base import ViewAugment
-from ssl_distill.augment.color import ColorRecipe
-from ssl_distill.augment.crops import RandomCrop, check_channels, check_count, color_crops, color_draws, crop_draws
+from ssl_distill.augment.color import ColorRecipe, Recipe
+from ssl_distill.augment.crops import (
+    RandomCrop,
+    check_channels,
+    check_count,
+    color_crops,
+    color_draws,
+    crop_draws,
+    pixel_map,
+)
 from ssl_distill.augment.geometry import CropBoxes
 from ssl_distill.augment.multi_crop import IMAGENET_MEAN, IMAGENET_STD
 from ssl_distill.augment.overlap import crop_box, intersection, move_to_overlap
+from ssl_distill.augment.pixel_map import joined
 from ssl_distill.augment.stratified import num_samples, project_positions, stratified_patches
 from ssl_distill.data.batch import ImageBatch
 from ssl_distill.draws import Draws
 from ssl_distill.views import AlignedCrops, TokenPositions
 
-UDI_COLORS = ColorRecipe(blur_probability=0.425, solarize_probability=0.1)
+UDI_COLORS = ColorRecipe(blur_probability=0.425, solarize_probability=0.1, both_probability=0.01)
 """Colours of all crops."""
 
 _GLOBAL_STREAM, _LOCAL_STREAM, _SAMPLE_STREAM = 0, 1, 2
@@ -83,9 +92,9 @@ class AlignedCropAugment(ViewAugment[AlignedCrops]):
         flip_probability: float = 0.5,
         move: Callable[[Tensor, Tensor, Tensor, Tensor], Any] = move_to_overlap,
         reference: Callable[[Tensor, Tensor], Any] = intersection,
-        recipe: ColorRecipe = UDI_COLORS,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        recipe: Recipe = UDI_COLORS,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
         super().__init__()
         check_count({"num_local": num_local})
@@ -179,15 +188,44 @@ class AlignedCropAugment(ViewAugment[AlignedCrops]):
             (local_draws * self.local_window**2).long(), corners[:, 1], local_grid, self.local_window
         )
         swapped = boxes.flip(0)
-        own, other = project_positions(patches.repeat(2, 1), boxes.flatten(0, 1), swapped.flatten(0, 1), grid, grid)
-        pairs = (self.num_local, *swapped.shape[:2])  # (L, 2, B): every local crop with crop 1, then with crop 0
-        _, local = project_positions(
-            local_patches.repeat(2 * self.num_local, 1),
-            local_boxes[:, None].expand(*pairs, 4).flatten(0, 2),
-            swapped[None].expand(*pairs, 4).flatten(0, 2),
-            local_grid,
-            grid,
+        moved, local_moved = (
+            pixel_map(
+                [self.recipe] * views, (len(self.mean), size, size), color_draws(draws, batch.index, stream, views)
+            )
+            for stream, size, views in (
+                (_GLOBAL_STREAM, self.global_size, 2),
+                (_LOCAL_STREAM, self.local_size, self.num_local),
+            )
         )
+        sides = moved.views(2)[::-1] if moved else []  # where crop 1 went, and crop 0
+        own, other = project_positions(
+            patches.repeat(2, 1),
+            boxes.flatten(0, 1),
+            swapped.flatten(0, 1),
+            grid,
+            grid,
+            moved,
+            joined(sides) if moved else None,
+        )
+        pairs = (self.num_local, *swapped.shape[:2])  # (L, 2, B): every local crop with crop 1, then with crop 0
+        if not (moved and local_moved):
+            _, local = project_positions(
+                local_patches.repeat(2 * self.num_local, 1),
+                local_boxes[:, None].expand(*pairs, 4).flatten(0, 2),
+                swapped[None].expand(*pairs, 4).flatten(0, 2),
+                local_grid,
+                grid,
+            )
+        else:
+            columns = zip(
+                *(
+                    project_positions(local_patches, box, target, local_grid, grid, leave, enter)[1]
+                    for box, leave in zip(local_boxes, local_moved.views(self.num_local), strict=True)
+                    for target, enter in zip(swapped, sides, strict=True)
+                ),
+                strict=True,
+            )
+            local = TokenPositions(*(torch.cat(column) for column in columns))
         return (
             TokenPositions(*(each.unflatten(0, swapped.shape[:2]) for each in own)),
             TokenPositions(*(each.unflatten(0, swapped.shape[:2]) for each in other)),

@@ -45,6 +45,7 @@ class ColorRecipe:
         blur_probability: Share of crops that are blurred.
         blur_sigma: Smallest and largest standard deviation of the blur in pixels of the crop.
         solarize_probability: Share of crops whose bright half is inverted.
+        both_probability: Share of crops that are blurred and inverted; None draws the two independently.
 
     Source: DINO (arXiv 2104.14294); the jitter's numbers are BYOL's.
     """
@@ -58,6 +59,7 @@ class ColorRecipe:
     blur_probability: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize_probability: float = 0.0
+    both_probability: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("jitter", "greyscale", "blur", "solarize"):
@@ -66,9 +68,24 @@ class ColorRecipe:
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"`{name}` must be from 0 (off) to {most}, got {getattr(self, name)}.")
         check_range("blur_sigma", self.blur_sigma)
+        least = max(0.0, self.blur_probability + self.solarize_probability - 1)
+        most = min(self.blur_probability, self.solarize_probability)
+        if self.both_probability is not None and not least <= self.both_probability <= most:
+            raise ValueError(
+                f"`both_probability` must be from {least:g} to {most:g} with these of blur and solarisation, got"
+                f" {self.both_probability}."
+            )
 
     def pipeline(self) -> K.AugmentationSequential:
-        """The recipe as kornia modules, which draw from the global generator: to be mended, or put into other code."""
+        """The recipe as kornia modules, which draw from the global generator: to be mended, or put into other code.
+
+        Raises:
+            ValueError: If blur and solarisation are not independent: kornia's modules are.
+        """
+        if self.both_probability is not None:
+            raise ValueError(
+                f"`both_probability` must be None to be made of kornia modules, got {self.both_probability}."
+            )
         return K.AugmentationSequential(
             PerImageColorJitter(self.brightness, self.contrast, self.saturation, self.hue, p=self.jitter_probability),
             K.RandomGrayscale(p=self.greyscale_probability),
@@ -97,14 +114,20 @@ class ColorRecipe:
             (2 * number - 1) * strength * jittered for number, strength in zip(numbers, strengths, strict=True)
         )
         low, high = self.blur_sigma
+        blurred = blur < self.blur_probability
+        inverted = solarize < self.solarize_probability
+        if self.both_probability is not None:
+            of_blurred = self.both_probability / max(self.blur_probability, 1e-12)
+            of_sharp = (self.solarize_probability - self.both_probability) / max(1 - self.blur_probability, 1e-12)
+            inverted = torch.where(blurred, solarize < of_blurred, solarize < of_sharp)
         return ColorDecisions(
             factors=1 + torch.stack(factors, dim=1),
             turn=turn,
             order=(order * NUM_ORDERS).long(),
             greyscale=greyscale < self.greyscale_probability,
-            blur=blur < self.blur_probability,
+            blur=blurred,
             sigma=low + (high - low) * sigma,
-            solarize=solarize < self.solarize_probability,
+            solarize=inverted,
         )
 
 

@@ -9,8 +9,10 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from ssl_distill.augment.checks import check_probability, check_range
-from ssl_distill.augment.color import DRAWS_PER_COLOR, ColorRecipe, normalize, recolor
+from ssl_distill.augment.color import DRAWS_PER_COLOR, Recipe, normalize, recolor
 from ssl_distill.augment.geometry import DRAWS_PER_CROP, CropBoxes, sample_crops, scale_boxes
+from ssl_distill.augment.kornia_recipe import KorniaRecipe
+from ssl_distill.augment.pixel_map import PixelMap, joined, unmoved
 from ssl_distill.augment.resample import Filter, resample_crops
 from ssl_distill.data.batch import Images
 from ssl_distill.data.shared_batch import empty_images
@@ -105,7 +107,7 @@ def _cut_stack(image: Tensor, source_size: Tensor, places: CropBoxes, size: int,
 
 def color_crops(
     crops: Float[Tensor, "V B C H W"] | UInt8[Tensor, "V B C H W"],
-    recipes: Sequence[ColorRecipe],
+    recipes: Sequence[Recipe],
     color_draws: Float[Tensor, "V B draws"],
     mean: Sequence[float],
     std: Sequence[float],
@@ -123,6 +125,25 @@ def color_crops(
     for part in _parts(crops):
         finished[:, part] = normalize(recolor(as_floats(crops[:, part]), recipes, color_draws[:, part]), mean, std)
     return finished
+
+
+def pixel_map(recipes: Sequence[Recipe], shape: Sequence[int], uniform: Float[Tensor, "V B draws"]) -> PixelMap | None:
+    """Where recipes move the pixels of crops to, views one after the other; None where all stay at their places.
+
+    Args:
+        recipes: Of each view.
+        shape: Channels, height and width of the crops.
+        uniform: As for the colours.
+    """
+    if not any(isinstance(recipe, KorniaRecipe) and recipe.moves_pixels for recipe in recipes):
+        return None
+    channels, height, width = shape
+    images = (uniform.shape[1], channels, height, width)
+    maps = [
+        recipe.pixel_map(images, numbers) if isinstance(recipe, KorniaRecipe) else unmoved(images, uniform.device)
+        for recipe, numbers in zip(recipes, uniform, strict=True)
+    ]
+    return joined(maps)
 
 
 def as_floats(pixels: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ class KorniaRecipe:
     """
 
     def __init__(self, pipeline: nn.Module | list[nn.Module]) -> None:
-        several = isinstance(pipeline, Sequence) or type(pipeline) is nn.Sequential
-        self.pipeline = K.ImageSequential(*(pipeline if several else [pipeline]))  # type: ignore[arg-type]
+        modules = list(pipeline) if isinstance(pipeline, (Sequence, nn.Sequential)) else [pipeline]
+        self.pipeline = K.ImageSequential(*modules)
         self._row_draws: dict[tuple[int, ...], bool] = {}
         for module in self.pipeline.modules():
             name = type(module).__name__
@@ -207,7 +207,7 @@ def _moves(module: nn.Module) -> bool | None:
 def _move(container: nn.Module, params: list[Any], picture: Tensor) -> Tensor:
     """Do to a picture only what changes the places of its pixels."""
     for item in params:
-        module = container.get_submodule(item.name)
+        module: Any = container.get_submodule(item.name)
         if isinstance(module, ImageSequentialBase):
             picture = _move(module, item.data, picture)
         elif isinstance(module, OperationBase):

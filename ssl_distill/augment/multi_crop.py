@@ -4,7 +4,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ssl_distill.augment.base import ViewAugment
-from ssl_distill.augment.color import ColorRecipe
+from ssl_distill.augment.color import ColorRecipe, Recipe
 from ssl_distill.augment.crops import RandomCrop, check_channels, check_count, color_crops, color_draws, crop_draws
 from ssl_distill.data.batch import ImageBatch, ObjectBatch
 from ssl_distill.draws import Draws
@@ -46,11 +46,11 @@ class MultiCropAugment(ViewAugment[MultiCrop]):
         local_scale: tuple[float, float] = (0.05, 0.4),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip_probability: float = 0.5,
-        global_recipe_1: ColorRecipe = GLOBAL_1,
-        global_recipe_2: ColorRecipe = GLOBAL_2,
-        local_recipe: ColorRecipe = LOCAL,
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        global_recipe_1: Recipe = GLOBAL_1,
+        global_recipe_2: Recipe = GLOBAL_2,
+        local_recipe: Recipe = LOCAL,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
         super().__init__()
         check_count({"num_local": num_local})

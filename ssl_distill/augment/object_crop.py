@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ssl_distill.augment.base import ViewAugment
 from ssl_distill.augment.checks import check_probability
 from ssl_distill.augment.color import DRAWS_PER_COLOR
-from ssl_distill.augment.crops import RandomCrop, color_crops, whole_image
+from ssl_distill.augment.crops import RandomCrop, color_crops, pixel_map, whole_image
 from ssl_distill.augment.geometry import DRAWS_PER_CROP, CropBoxes, scale_boxes
 from ssl_distill.augment.masked_crop import MASK_STREAM, ibot_crops, patch_grid
 from ssl_distill.augment.multi_crop import MultiCropAugment
@@ -129,19 +130,23 @@ class ObjectCropAugment(ViewAugment[ObjectCrops]):
         )
 
         in_masks = scale_boxes(shown.boxes_xyxy, batch.source_size.float(), mask_size)
-        attend = torch.stack(
-            [
-                self.objects.patches(regions.patch_fraction(boxes, flip, self.grid)).flatten(1)
-                for boxes, flip in zip(in_masks, shown.flip, strict=True)
-            ]
+        images = crops.global_crop.cut(batch.image, batch.source_size, shown.place)
+        colors = self._color_draws(draws, batch.index, _GLOBAL_COLOR_STREAM, 2)
+        moved = pixel_map(crops.global_recipes, images.shape[-3:], colors)
+        pixels = self.grid if moved is None else images.shape[-2:]  # what moves is followed pixel by pixel
+        covered = torch.cat(
+            [regions.patch_fraction(boxes, flip, pixels) for boxes, flip in zip(in_masks, shown.flip, strict=True)]
         )
+        if moved is not None:
+            covered = F.avg_pool2d(moved.masks(covered[:, None])[:, 0], self.patch_size)
+        attend = self.objects.patches(covered).flatten(1).unflatten(0, shown.flip.shape)
         global_valid, local_valid = (shown.coverage > 0) & attend.any(-1), local.coverage > 0
         if self.missing == "skip":
             global_valid, attend = global_valid & ~whole, attend & ~whole[:, None]
             local_valid = local_valid & ~whole
         masked = [self.masks(batch.index, draws, MASK_STREAM + view, self.grid) for view in range(2)]
         return ObjectCrops(
-            crops.global_crop.cut(batch.image, batch.source_size, shown.place),
+            images,
             crops.local_crop.cut(batch.image, batch.source_size, local.place),
             torch.stack(masked),
             attend,

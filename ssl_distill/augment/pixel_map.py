@@ -1,5 +1,6 @@
 """Where the pixels of a picture went, and how masks and points follow them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,14 +42,13 @@ class PixelMap(NamedTuple):
     def to_crop(self, points: Float[Tensor, "B P 2"]) -> Followed:
         """Where points of the view lie in the crop."""
         grid = self._grid(points)[:, :, None]
-        options = {"padding_mode": "border", "align_corners": False}
-        place = F.grid_sample(self.place, grid, mode="bilinear", **options)
-        shown = F.grid_sample(self.shown[:, None].to(place), grid, mode="nearest", **options)
+        place = F.grid_sample(self.place, grid, "bilinear", "border", align_corners=False)
+        shown = F.grid_sample(self.shown[:, None].to(place), grid, "nearest", "border", align_corners=False)
         within = (grid.abs() <= 1).all(-1)[..., 0]
         return Followed(place[..., 0].transpose(1, 2), (shown[:, 0, :, 0] > 0.5) & within)
 
     def to_view(self, points: Float[Tensor, "B P 2"]) -> Followed:
-        """Where points of the crop lie in the view: the pixel that shows what is nearest, and a step from its middle."""
+        """Where points of the crop lie in the view: at the pixel that shows the nearest, and a step from its middle."""
         images, count = points.shape[:2]
         at_once = max(1, _DISTANCES_AT_ONCE // max(1, count * self.shown[0].numel()))
         parts = [slice(start, start + at_once) for start in range(0, images, at_once)]
@@ -69,7 +69,7 @@ class PixelMap(NamedTuple):
             return place.gather(1, number[..., None].expand(-1, -1, 2)), shown.gather(1, number) & within
 
         def change(rows: int, columns: int) -> Tensor:
-            """Of the place from pixel to pixel in one direction; beyond the last pixel that shows anything, half of it."""
+            """Of the place from pixel to pixel in one direction; at the last pixel that shows anything, half of it."""
             ends = [at(row + sign * rows, column + sign * columns) for sign in (1, -1)]
             (after, there), (before, back) = ((torch.where(ok[..., None], end, middle), ok) for end, ok in ends)
             return (after - before) / (there.to(middle) + back.to(middle)).clamp(min=1)[..., None]
@@ -85,6 +85,10 @@ class PixelMap(NamedTuple):
         near = (step.abs() <= 1).all(-1) & (area.abs() > 1e-6)
         return Followed(points, found & near & ((points >= 0) & (points <= size)).all(-1))
 
+    def views(self, count: int) -> "list[PixelMap]":
+        """The maps of so many views, which follow one another."""
+        return [PixelMap(*parts) for parts in zip(*(each.chunk(count) for each in self), strict=True)]
+
     def _grid(self, points: Tensor) -> Tensor:
         """Points (..., 2) in pixels as `grid_sample` wants them."""
         height, width = self.shown.shape[1:]
@@ -93,3 +97,16 @@ class PixelMap(NamedTuple):
 
 def _cross(a: Tensor, b: Tensor) -> Tensor:
     return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+
+
+def joined(maps: Sequence[PixelMap]) -> PixelMap:
+    """The maps of several views as one."""
+    return PixelMap(*(torch.cat(column) for column in zip(*maps, strict=True)))
+
+
+def unmoved(shape: tuple[int, int, int, int], device: torch.device) -> PixelMap:
+    """The map of images (B, C, H, W) whose pixels all stay at their places."""
+    batch, _, height, width = shape
+    x, y = (torch.arange(size, device=device) + 0.5 for size in (width, height))
+    place = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)])
+    return PixelMap(place.expand(batch, -1, -1, -1), torch.ones(batch, height, width, dtype=torch.bool, device=device))

@@ -1,9 +1,12 @@
 """Stratified random samples of patches, and the same image points in the patch grid of another crop."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ssl_distill.augment.pixel_map import Followed, PixelMap
 from ssl_distill.views import TokenPositions
 
 
@@ -52,6 +55,8 @@ def project_positions(
     target_box: Float[Tensor, "N 4"],
     source_grid: int,
     target_grid: int,
+    leave: PixelMap | None = None,
+    enter: PixelMap | None = None,
 ) -> tuple[TokenPositions, TokenPositions]:
     """Patches of one crop that lie in another, and where they are in the other's grid.
 
@@ -64,6 +69,8 @@ def project_positions(
         target_box: The same of the target.
         source_grid: Patches along a side of the source.
         target_grid: Patches along a side of the target.
+        leave: Where pixels of the sources' crops went in their views; None where they stayed.
+        enter: The same of the targets.
 
     Returns:
         The patches themselves with weight 1 where they lie inside the target, else 0 (N, S, 1); the four target patches
@@ -73,12 +80,19 @@ def project_positions(
     """
     place = torch.stack([patches // source_grid, patches % source_grid], dim=-1)  # (N, S, 2): row, column
     relative = place.to(source_box.dtype) / max(source_grid - 1, 1)
+    shown = torch.ones_like(patches, dtype=torch.bool)
+    if leave is not None:
+        relative, shown = _followed(leave.to_crop, relative, leave)
     start, stop = source_box[:, None, :2], source_box[:, None, 2:]
     point = start + relative * (stop - start)
     start, stop = target_box[:, None, :2], target_box[:, None, 2:]
     inside = ((point > start.minimum(stop)) & (point < start.maximum(stop))).all(-1)  # (N, S)
     extent = torch.where(stop == start, 1, stop - start)  # a crop of one line has no inside, nor should it give NaN
-    coordinate = ((point - start) * (target_grid - 1) / extent).clamp(0, target_grid - 1)
+    coordinate, inside = (point - start) * (target_grid - 1) / extent, inside & shown
+    if enter is not None:
+        there, found = _followed(enter.to_view, (point - start) / extent, enter)
+        coordinate, inside = there * (target_grid - 1), inside & found
+    coordinate = coordinate.clamp(0, target_grid - 1)
     # Deviation: a point that rounds onto the last line keeps its weight; the official code gives it none.
     first = coordinate.floor().clamp(max=max(target_grid - 2, 0))
     share = coordinate - first  # (N, S, 2)
@@ -88,6 +102,15 @@ def project_positions(
     weights = (weight[..., 0, :, None] * weight[..., 1, None, :]).flatten(-2) * inside[..., None]
     own = TokenPositions(patches[..., None], inside[..., None].to(source_box.dtype))
     return own, TokenPositions(index, weights)
+
+
+def _followed(
+    follow: Callable[[Tensor], Followed], relative: Float[Tensor, "N S 2"], moved: PixelMap
+) -> tuple[Float[Tensor, "N S 2"], Bool[Tensor, "N S"]]:
+    """Rows and columns as shares of a crop, in another picture of the same size, and whether they are shown there."""
+    size = relative.new_tensor(moved.shown.shape[:0:-1])  # width, height
+    points, shown = follow(relative.flip(2) * size)
+    return (points / size).flip(2), shown
 
 
 def inside_any(positions: TokenPositions) -> Bool[Tensor, "*views B S"]:

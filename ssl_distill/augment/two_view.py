@@ -5,8 +5,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from ssl_distill.augment.base import ViewAugment
-from ssl_distill.augment.color import ColorRecipe
-from ssl_distill.augment.crops import RandomCrop, check_channels, color_crops, color_draws, crop_draws
+from ssl_distill.augment.color import Recipe
+from ssl_distill.augment.crops import RandomCrop, check_channels, color_crops, color_draws, crop_draws, pixel_map
 from ssl_distill.augment.multi_crop import GLOBAL_1, GLOBAL_2, IMAGENET_MEAN, IMAGENET_STD
 from ssl_distill.augment.resample import Filter
 from ssl_distill.data.batch import ImageBatch
@@ -37,11 +37,11 @@ class TwoViewAugment(ViewAugment[TwoViews]):
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip_probability: float = 0.5,
-        recipe_1: ColorRecipe = GLOBAL_1,
-        recipe_2: ColorRecipe = GLOBAL_2,
+        recipe_1: Recipe = GLOBAL_1,
+        recipe_2: Recipe = GLOBAL_2,
         filter: Filter = "bilinear",
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
         super().__init__()
         check_channels(mean, std)
@@ -56,7 +56,8 @@ class TwoViewAugment(ViewAugment[TwoViews]):
         places = self.crop.place(batch.source_size, crop_draws(draws, batch.index, 0, 2))
         images = self.crop.cut(batch.image, batch.source_size, places)
         seed, epoch = (torch.full_like(batch.index, number) for number in draws)
-        return TwoViews(images, *places, torch.stack([seed, epoch, batch.index], dim=1))
+        moved = pixel_map(self.recipes, images.shape[-3:], color_draws(draws, batch.index, 0, 2))
+        return TwoViews(images, *places, torch.stack([seed, epoch, batch.index], dim=1), moved)
 
     def finish(self, views: TwoViews, index: Int[Tensor, "B"], draws: Draws) -> TwoViews:
         """Colours of each view by its recipe."""

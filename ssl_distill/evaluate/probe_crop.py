@@ -31,8 +31,8 @@ class ProbeCrop(ViewAugment[LabelledBatch]):
         size: int = 224,
         scale: tuple[float, float] = (0.08, 1.0),
         filter: Filter = "bilinear",
-        mean: tuple[float, float, float] = IMAGENET_MEAN,
-        std: tuple[float, float, float] = IMAGENET_STD,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
         super().__init__()
         check_channels(mean, std)

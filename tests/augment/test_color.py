@@ -1,6 +1,7 @@
 import colorsys
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from kornia.color import rgb_to_grayscale
 from kornia.enhance import solarize
 from torchvision.transforms.v2 import functional as torchvision
 
+from ssl_distill.augment.aligned_crop import UDI_COLORS
 from ssl_distill.augment.color import DRAWS_PER_COLOR, SOLARIZE_FROM, ColorRecipe, normalize, recolor
 from ssl_distill.augment.color_ops import blur, change_where, jitter, shift_hue
 from ssl_distill.augment.resample import resample_crops
@@ -209,6 +211,15 @@ def test_pipeline_is_the_recipe(channels):
     expected = pipeline(images, params=params)
     assert (expected - images).abs().flatten(1).amax(1).gt(0.05).float().mean() > 0.5
     torch.testing.assert_close(recolor(images.clone()[None], [recipe], uniform[None])[0], expected, rtol=0, atol=1e-5)
+
+
+def test_blur_and_solarisation_fall_together_as_often_as_said():
+    uniform = Draws(0, 0).uniform(torch.arange(40_000), 0, DRAWS_PER_COLOR)
+    decided = UDI_COLORS.decide(uniform)
+    shares = [each.float().mean().item() for each in (decided.blur, decided.solarize, decided.blur & decided.solarize)]
+    assert shares == pytest.approx([0.425, 0.1, 0.01], abs=0.007)
+    independent = replace(UDI_COLORS, both_probability=None).decide(uniform)
+    assert (independent.blur & independent.solarize).float().mean() == pytest.approx(0.0425, abs=0.005)
 
 
 @pytest.mark.parametrize("channels", [1, 4, 13])

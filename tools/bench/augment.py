@@ -60,9 +60,10 @@ def images_of(case: Case) -> Tensor:
 def ours(case: Case) -> Callable[[], object]:
     """The module that training runs."""
     augment = MultiCropAugment(case.global_size, case.local_size, case.num_local)
-    images: Images = images_of(case)
+    stack = images_of(case)
+    images: Images = stack
     if case.decoded[0] != case.decoded[1]:
-        images = list(images.contiguous(memory_format=torch.channels_last))  # as decoders give them
+        images = list(stack.contiguous(memory_format=torch.channels_last))  # as decoders give them
     batch = ImageBatch(images, source_sizes(images), torch.arange(case.batch))
     epochs = iter(range(1_000_000))
     return lambda: augment(batch, Draws(0, next(epochs)))
