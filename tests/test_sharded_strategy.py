@@ -95,8 +95,8 @@ def pcd():
 
 
 def mokd():
-    def token_head(in_dim, num_prototypes, grid):
-        return THead(in_dim, num_prototypes, grid, embed_dim=24, depth=1, num_heads=2)
+    def token_head(*sizes):
+        return THead(*sizes, embed_dim=24, depth=1, num_heads=2)
 
     options = {
         "backbone": VIT,

@@ -293,6 +293,16 @@ def small_mokd(first="convnet_nano", second="vit_nano_patch8_32", num_local=2, *
     )
 
 
+def test_only_tokens_skip_the_projection():
+    """Both backbones are as wide as the T-Heads."""
+    t_head = partial(THead, embed_dim=128, depth=1, num_heads=2)
+    learners = [Learner(name, name, token_head=t_head) for name in ("convnet_nano", "vit_micro_patch4_32")]
+    method = MOKD(*learners, num_prototypes=8, augment=MultiCropAugment(global_size=32, local_size=16))
+    for networks in (method.student, method.teacher):
+        assert isinstance(networks["convnet_nano"].token_head.projection, nn.Linear)
+        assert isinstance(networks["vit_micro_patch4_32"].token_head.projection, nn.Identity)
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [
