@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from ssl_distill.augment.multi_crop import MultiCropAugment
 from ssl_distill.callbacks.ema_teacher import ema_update
+from ssl_distill.callbacks.freeze_last_layer import FreezeLastLayer
 from ssl_distill.data.shapes import ShapesData
 from ssl_distill.heads.prototype import PrototypeHead
 from ssl_distill.heads.t_head import THead
@@ -268,6 +269,11 @@ def test_golden_parameter_groups(golden):
         assert found == [set(group) for group in params[model]]
         fixed = {official(k) for k, p in method.student[model].named_parameters() if not p.requires_grad}
         assert fixed == set(params[f"{model}_not_trainable"])
+    (freeze,) = [callback for callback in method.configure_callbacks() if isinstance(callback, FreezeLastLayer)]
+    frozen = [name_of[id(parameter)] for parameter in freeze.layer.parameters()]
+    for model in ("cnn", "vit"):
+        found = {official(name.removeprefix(f"{model}.")) for name in frozen if name.startswith(f"{model}.")}
+        assert found == set(params[f"frozen_in_first_epoch_{model}"])
 
 
 def small_learner(name, backbone, **kwargs):
