@@ -74,9 +74,10 @@ class EMATeacher(Callback):
             parameters = [parameter.detach() for parameter in teacher.parameters()]
             if all(torch.finfo(parameter.dtype).bits >= 32 for parameter in parameters):
                 continue
+            restored: Sequence[Tensor | None] = self._restored[i] or [None] * len(parameters)
             self._running[i] = [
                 parameter.float() if value is None else divided_like(parameter, value.to(parameter.device, copy=True))
-                for parameter, value in zip(parameters, self._restored[i] or [None] * len(parameters), strict=True)
+                for parameter, value in zip(parameters, restored, strict=True)
             ]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: object) -> None:
