@@ -24,6 +24,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--runs", help="folder that keeps the runs of `tests/numbers`: a finished one is not repeated")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-k golden` selects all tests of golden files, on another set of which they are run."""
+    hidden = [
+        item.nodeid for item in items if "golden" in getattr(item, "fixturenames", ()) and "golden" not in item.name
+    ]
+    if hidden:
+        raise pytest.UsageError(f"tests of golden files must have `golden` in their names, got {', '.join(hidden)}.")
+
+
 @dataclass(frozen=True)
 class GoldenCase:
     """One golden file: inputs and expected outputs of an official implementation."""

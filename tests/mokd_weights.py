@@ -28,6 +28,7 @@ def t_head_of(params, in_dim, grid, tensors):
         in_dim,
         params["out_dim"],
         (grid, grid),
+        is_tokens="inproj_w" not in tensors,
         embed_dim=params["embed_dim"],
         depth=params["depth"],
         num_heads=params["num_heads"],

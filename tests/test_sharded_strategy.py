@@ -95,8 +95,8 @@ def pcd():
 
 
 def mokd():
-    def token_head(in_dim, num_prototypes, grid):
-        return THead(in_dim, num_prototypes, grid, embed_dim=24, depth=1, num_heads=2)
+    def token_head(*sizes):
+        return THead(*sizes, embed_dim=24, depth=1, num_heads=2)
 
     options = {
         "backbone": VIT,
@@ -169,6 +169,26 @@ def fit(name, folder, strategy="auto", ckpt_path=None, callbacks=(), **kwargs):
     return method, evaluation
 
 
+def fit_in_half_precision(folder, ckpt_path=None):
+    pl.seed_everything(0, verbose=False)
+    method = dino()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=ShardedStrategy(256),
+        precision="bf16-true",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[save_steps(folder)],
+        max_epochs=2,
+        limit_val_batches=0,
+    )
+    trainer.fit(method, ShapesData(num_images=16, batch_size=4), ckpt_path=ckpt_path)
+    return whole_state_dict(method)
+
+
 def save_steps(folder):
     return ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False)
 
@@ -195,6 +215,10 @@ def train_sharded(rank, port, folder):
                 from_shards, _ = fit(name, place, ShardedStrategy(256), place / MIDWAY[name])
                 results["from_shards"] = whole_state_dict(from_shards)
         torch.save(results, folder / name / f"rank{rank}.pt")
+    place = folder / "half"
+    whole_run = fit_in_half_precision(place)
+    resumed = fit_in_half_precision(place, place / "step=2.ckpt")
+    torch.save({"state": whole_run, "resumed": resumed}, place / f"rank{rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +272,21 @@ def test_one_device_goes_on_from_shards_and_the_reverse(runs, name):
     if name in IN_SHARDS:
         assert_same(results["from_shards"], expected)
         assert not list((folder / name / "two").glob(".*"))
+
+
+@pytest.mark.ddp
+def test_half_precision(runs):
+    """The sharded teacher's running value in float32 is whole in the checkpoint, and a resumed run goes on from it."""
+    folder, _ = runs
+    results = torch.load(folder / "half" / "rank0.pt")
+    assert all(torch.equal(value, results["resumed"][key]) for key, value in results["state"].items())
+    checkpoint = torch.load(folder / "half" / "step=2.ckpt", weights_only=True)
+    teacher = [value for key, value in checkpoint["state_dict"].items() if key.startswith("teacher.")]
+    running = checkpoint["callbacks"]["EMATeacher"]["running"][0]
+    assert {value.dtype for value in running} == {torch.float32}
+    for rounded, value in zip(teacher, running, strict=True):
+        assert rounded.dtype == torch.bfloat16
+        assert torch.equal(rounded, value.bfloat16())
 
 
 @pytest.mark.ddp

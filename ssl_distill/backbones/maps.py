@@ -30,7 +30,10 @@ def image_features(backbone: Any, images: Float[Tensor, "B 3 H W"]) -> ImageFeat
         backbone: ConvNet or transformer with timm's `forward_features` and `forward_head`, as `check_maps` wants it.
         images: Normalised.
     """
-    features = backbone.forward_features(images)
+    return _by_place(backbone, backbone.forward_features(images), images)
+
+
+def _by_place(backbone: Any, features: Tensor, images: Tensor) -> ImageFeatures:
     vector = backbone.forward_head(features, pre_logits=True)
     if features.ndim == 3:
         prefix, patches = features.tensor_split([backbone.num_prefix_tokens], dim=1)
@@ -50,11 +53,13 @@ class FeatureSizes(NamedTuple):
         vector_dim: E.
         map_dim: D.
         grid: Rows and columns of the map.
+        is_tokens: Whether the map is a transformer's patch tokens.
     """
 
     vector_dim: int
     map_dim: int
     grid: tuple[int, int]
+    is_tokens: bool
 
 
 @torch.no_grad()
@@ -69,6 +74,8 @@ def feature_sizes(backbone: nn.Module, image_size: int) -> FeatureSizes:
             raise ValueError(f"`backbone` must have `{name}`, as timm's models, got {type(backbone).__name__}.")
     parameter = next(backbone.parameters())
     with evaluating(backbone):
-        features = image_features(backbone, parameter.new_zeros(1, 3, image_size, image_size))
+        images = parameter.new_zeros(1, 3, image_size, image_size)
+        output = backbone.forward_features(images)  # type: ignore[operator]
+        features = _by_place(backbone, output, images)
     rows, columns = features.map.shape[2:]
-    return FeatureSizes(features.vector.shape[1], features.map.shape[1], (rows, columns))
+    return FeatureSizes(features.vector.shape[1], features.map.shape[1], (rows, columns), output.ndim == 3)

@@ -22,7 +22,7 @@ from ssl_distill.callbacks.schedules import Schedules
 from ssl_distill.data.batch import LabelledBatch
 from ssl_distill.draws import Draws, run_seed
 from ssl_distill.evaluate.features import FeatureBank
-from ssl_distill.evaluate.probe_crop import ProbeCrop
+from ssl_distill.evaluate.fine_tune_crop import FineTuneCrop
 from ssl_distill.optim.parameters import adamw
 from ssl_distill.optim.schedules import Cosine, EpochCosine, Position
 
@@ -43,7 +43,7 @@ class FineTune(LightningModule):
             or dBOT one. None trains the backbone as it is.
         drop_path_rate: Stochastic depth.
         augment: (batch, draws) to a `LabelledBatch` of normalised images for training; its `mean` and `std` normalise
-            evaluation images too. None is `ProbeCrop` with a bicubic filter.
+            evaluation images too. None is `FineTuneCrop` with its defaults.
         mixup: Parameter of the beta law of mixing whole images; 0 for none.
         cutmix: Parameter of the beta law of pasting one image into another; 0 for none. With both, each batch is as
             likely to get one as the other.
@@ -83,7 +83,7 @@ class FineTune(LightningModule):
         if not 0 < layer_decay <= 1:
             raise ValueError(f"`layer_decay` must be above 0 and at most 1 (1: equal rates), got {layer_decay}.")
         self.classifier = classifier(num_classes, backbone, backbone_kwargs, checkpoint, drop_path_rate)
-        self.augment: Any = augment or ProbeCrop(filter="bicubic")
+        self.augment: Any = augment or FineTuneCrop()
         self.mix = Mixup(
             mixup, cutmix, prob=float(mixup + cutmix > 0), label_smoothing=label_smoothing, num_classes=num_classes
         )

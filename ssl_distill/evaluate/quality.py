@@ -25,20 +25,35 @@ def rankme(features: Float[Tensor, "N D"]) -> float:
     return float(torch.special.entr(share).sum().exp())
 
 
-def alpha_req(features: Float[Tensor, "N D"]) -> float:
-    """Decay of the covariance spectrum: alpha in eigenvalue_i ~ i^-alpha, a least-squares line through the logarithms.
+def alpha_req(features: Float[Tensor, "N D"], ranks: tuple[int, int] = (6, 100)) -> float:
+    """Decay of the covariance spectrum: alpha in eigenvalue_n ~ n^-alpha, a line through the logarithms.
 
-    Near 1 is best; larger is collapsing, smaller is noisy. Infinite if fewer than two directions vary.
+    The authors find features that generalise best where alpha is near 1; larger is a spectrum of few directions,
+    smaller one that noise fills.
 
-    Source: alpha-ReQ (Agrawal et al., NeurIPS 2022). The line is fitted through every eigenvalue above rounding.
+    Args:
+        features: One row per image.
+        ranks: First and last place of an eigenvalue in the fit, counted from 1; those that do not exist are left out.
+
+    Returns:
+        Alpha; infinite if fewer than two directions at these ranks vary beyond rounding.
+
+    Raises:
+        ValueError: If `ranks` are no range.
+
+    Source: alpha-ReQ (Agrawal et al., NeurIPS 2022), by the authors' code: weights 1/n, ranks 6 to 100.
     """
+    first, last = ranks
+    if not 1 <= first < last:
+        raise ValueError(f"`ranks` must be a first and a later last rank, from 1 on, got {ranks}.")
     eigenvalues = _spectrum(_centered(features))
-    eigenvalues = eigenvalues[eigenvalues > eigenvalues[0] * 1e-10]
+    eigenvalues = eigenvalues[eigenvalues > eigenvalues[0] * 1e-10][first - 1 : last]
     if len(eigenvalues) < 2:
         return float("inf")
-    place = torch.arange(1, len(eigenvalues) + 1, dtype=eigenvalues.dtype).log()
-    place -= place.mean()
-    return -float((place @ eigenvalues.log()) / (place @ place))
+    rank = torch.arange(first, first + len(eigenvalues), dtype=eigenvalues.dtype)
+    weight = 1 / rank
+    place = rank.log() - (weight @ rank.log()) / weight.sum()
+    return -float((weight * place) @ eigenvalues.log() / (weight * place @ place))
 
 
 def stable_rank(features: Float[Tensor, "N D"]) -> float:

@@ -19,13 +19,15 @@ class THead(nn.Module):
         in_dim: Channels of the map.
         num_prototypes: K.
         grid: Rows and columns of the map of a global crop; positions are resized for other maps.
+        is_tokens: Whether the map is a transformer's tokens, which are projected to D only if their width is another;
+            a ConvNet's map always is.
         embed_dim: D, the width of the blocks and of queries.
         depth: Number of blocks.
         num_heads: Attention heads per block.
         mlp_ratio: Width of a block's MLP over D.
         position_mode: How positions are resized; "dino_v1" for weights of the official code.
 
-    Source: MOKD's official code. Input of another width than D is projected; of the same width it is not.
+    Source: MOKD's official code.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class THead(nn.Module):
         in_dim: int,
         num_prototypes: int,
         grid: tuple[int, int],
+        is_tokens: bool = True,
         embed_dim: int = 384,
         depth: int = 3,
         num_heads: int = 6,
@@ -59,7 +62,7 @@ class THead(nn.Module):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
         # The projection keeps torch's default initialisation, as the official 1x1 convolution does.
-        self.projection = nn.Linear(in_dim, embed_dim) if in_dim != embed_dim else nn.Identity()
+        self.projection = nn.Identity() if is_tokens and in_dim == embed_dim else nn.Linear(in_dim, embed_dim)
         self.last_layer = FreePrototypes(embed_dim, num_prototypes)
 
     def forward(self, feature_map: Float[Tensor, "B C h w"]) -> Float[Tensor, "B K"]:

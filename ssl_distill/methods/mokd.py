@@ -46,7 +46,8 @@ class Learner:
         backbone_kwargs: Further arguments of the timm model, such as `img_size`.
         drop_path_rate: Stochastic depth in the student; the teacher has none.
         head: Made from (width of the backbone's vector, num_prototypes), for student and teacher.
-        token_head: Made from (channels of the map, num_prototypes, grid of a global crop), for student and teacher.
+        token_head: Made from (channels of the map, num_prototypes, grid of a global crop, whether the map is a
+            transformer's tokens), for student and teacher.
         optimizer: Parameter groups of the student to its optimiser.
         groups: Student to parameter groups; a group with `schedule: "partner"` follows the other model's knobs.
         learning_rate: Rate per step; its start is meant for `reference_batch` images.
@@ -60,7 +61,7 @@ class Learner:
     backbone_kwargs: dict[str, Any] | None = None
     drop_path_rate: float = 0.0
     head: Callable[[int, int], nn.Module] = PrototypeHead
-    token_head: Callable[[int, int, tuple[int, int]], nn.Module] = THead
+    token_head: Callable[[int, int, tuple[int, int], bool], nn.Module] = THead
     optimizer: OptimizerCallable = adamw
     groups: Callable[[nn.Module], list[dict[str, Any]]] = decay_groups
     learning_rate: Cosine = Cosine(3e-4, 1e-5, warmup_epochs=10)
@@ -325,7 +326,8 @@ def build(learner: Learner, num_prototypes: int, image_size: int, drop_path_rate
     backbone = create_backbone(learner.backbone, drop_path_rate=drop_path_rate, **(learner.backbone_kwargs or {}))
     sizes = feature_sizes(backbone, image_size)
     head = learner.head(sizes.vector_dim, num_prototypes)
-    return TwoHeaded(backbone, head, learner.token_head(sizes.map_dim, num_prototypes, sizes.grid))
+    token_head = learner.token_head(sizes.map_dim, num_prototypes, sizes.grid, sizes.is_tokens)
+    return TwoHeaded(backbone, head, token_head)
 
 
 def check_same_width(students: nn.ModuleDict) -> None:

@@ -13,7 +13,10 @@ _SCORES = {
 }
 _QUALITY = {
     "rankme": ("RankMe", "effective rank of the features; higher is better"),
-    "alpha_req": ("alpha-ReQ", "decay of their spectrum; near 1 is best, larger is collapsing, smaller noisy"),
+    "alpha_req": (
+        "alpha-ReQ",
+        "decay of their spectrum, ranks 6 to 100; larger: few directions, smaller: noise; its authors find 1 best",
+    ),
     "stable_rank": ("Stable rank", "how many directions carry the energy; higher is richer"),
     "uniformity": ("Uniformity", "spread over the sphere; 0 is collapsed, lower is better"),
     "clid_dimension": ("CLID, dimension", "intrinsic dimension; higher is more expressive"),

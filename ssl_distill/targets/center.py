@@ -32,6 +32,8 @@ class Center(nn.Module):
         momentum: Share of the old center in an update.
         average: From this rank's sums to those that the mean is taken of: `over_samples` or `over_ranks`.
 
+    It stays in float32 where the rest is moved to half precision, in which it would not move.
+
     Source: DINO (arXiv 2104.14294), eq. 4; weights as in UDI (arXiv 2407.17671).
     """
 
@@ -75,3 +77,13 @@ class Center(nn.Module):
         mean = torch.where(weight > 0, total[:, :-1] / torch.where(weight > 0, weight, 1), self.value)
         self.value.lerp_(mean, 1 - self.momentum)
         self.observed.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Center":
+        """Follow to another device, and to no precision below float32."""
+        old = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, moved in self._buffers.items():
+            before = old[name]
+            if before is not None and moved is not None and torch.finfo(moved.dtype).bits < 32:
+                self._buffers[name] = before.to(moved.device)
+        return self

@@ -44,7 +44,7 @@ def test_map_is_in_place():
 def test_trying_leaves_the_backbone_as_it_was():
     backbone = create_backbone("convnet_nano")
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
-    assert feature_sizes(backbone, 32) == (128, 128, (4, 4))
+    assert feature_sizes(backbone, 32) == (128, 128, (4, 4), False)
     torch.testing.assert_close(backbone.state_dict(), before, rtol=0, atol=0)
     assert all(module.training for module in backbone.modules())
 

@@ -23,7 +23,7 @@ def test_golden(golden):
         assert detectron2_keys([*expected, *counters]) == expected
 
 
-def test_names_of_timm_are_those_of_the_map(golden):
+def test_golden_names_are_those_of_timm(golden):
     expected = golden("pcd/detectron2_keys_resnet18").params["map"]
     assert detectron2_keys(create_backbone("resnet18").state_dict()) == expected
 
@@ -41,7 +41,7 @@ def test_torchvision(tmp_path, name):
     torch.testing.assert_close(theirs.eval()(images), backbone(images), rtol=1e-4, atol=1e-4)
 
 
-def test_detectron2(tmp_path, golden):
+def test_golden_detectron2(tmp_path, golden):
     backbone = trained("resnet18").bfloat16()
     assert save_detectron2(backbone, tmp_path / "backbone.pkl") == "resnet18"
     content = pickle.loads((tmp_path / "backbone.pkl").read_bytes())

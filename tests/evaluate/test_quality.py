@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,23 @@ def test_rankme_of_fewer_images_than_dimensions():
 def test_alpha_is_the_decay_of_the_covariance(alpha):
     singular_values = torch.arange(1, 31, dtype=torch.float64) ** (-alpha / 2)
     assert alpha_req(with_spectrum(singular_values) + 5) == pytest.approx(alpha, rel=1e-6)
+
+
+def test_alpha_is_the_weighted_fit_of_the_authors_ranks():
+    """Of a spectrum that is no power law: numpy's weighted line through ranks 6 to 100."""
+    eigenvalues = torch.linspace(5, 1, 130, dtype=torch.float64).exp() + normal(130).abs()
+    eigenvalues = eigenvalues.sort(descending=True).values
+    rank = np.arange(6, 101)
+    # polyfit squares its weights.
+    slope, _ = np.polyfit(np.log(rank), eigenvalues[5:100].log().numpy(), 1, w=rank**-0.5)
+    assert alpha_req(with_spectrum(eigenvalues.sqrt())) == pytest.approx(-slope, rel=1e-6)
+
+
+def test_alpha_of_few_directions():
+    assert alpha_req(with_spectrum([3.0] * 6)) == float("inf")
+    assert alpha_req(with_spectrum([3.0] * 6), ranks=(1, 4)) == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match=r"`ranks` must be a first and a later last rank, from 1 on, got \(3, 3\)"):
+        alpha_req(with_spectrum([3.0] * 6), ranks=(3, 3))
 
 
 def test_stable_rank():

@@ -63,7 +63,9 @@ def test_golden(golden, tmp_path):
     data = loader(tensors["features"], tensors["labels"], params["batch_size"])
     single_losses = []
     probe.log_dict = lambda values, **_: single_losses.append(values)  # the heads' own losses
-    recorder, _ = fit(probe, data, None, params["epochs"], tmp_path, precision="64-true")
+    recorder, trainer = fit(probe, data, None, params["epochs"], tmp_path, precision="64-true")
+    for group in trainer.optimizers[0].param_groups:
+        assert (group["momentum"], group["weight_decay"]) == (params["momentum"], params["weight_decay"])
 
     expect = {"rtol": 1e-6, "atol": 1e-9}
     losses = torch.stack([values[f"probe/loss_lr{params['base_lr']:g}"] for values in single_losses])

@@ -31,6 +31,9 @@ def test_golden(golden):
         case = golden(name)
         head = head_of(case.params)
         state = {ours(key): value for key, value in case.under("state.").items()}
+        norms = [module for module in head.modules() if isinstance(module, nn.BatchNorm1d)]
+        assert {(norm.eps, norm.momentum) for norm in norms} <= {(case.params["bn_eps"], case.params["bn_momentum"])}
+        head.train(case.params["mode"] == "train")
         assert not head.load_state_dict(state, strict=False).unexpected_keys
         assert {key for key in head.state_dict() if "num_batches" not in key} == set(state)
         x = case.tensors["x"].requires_grad_()

@@ -89,6 +89,13 @@ def test_shapes():
     assert not query.requires_grad
 
 
+def test_a_convnets_map_is_projected_whatever_its_width():
+    """As in the official code, whose ConvNet always has its 1x1 convolution and whose ViT never."""
+    sizes = {"in_dim": 8, "num_prototypes": 7, "grid": (2, 2), "embed_dim": 8, "depth": 1, "num_heads": 2}
+    assert isinstance(THead(**sizes, is_tokens=False).projection, torch.nn.Linear)
+    assert isinstance(THead(**sizes, is_tokens=True).projection, torch.nn.Identity)
+
+
 def test_initialisation():
     head = THead(512, 100, (7, 7), depth=1)
     assert head.blocks[0].mlp.fc1.weight.std().item() == pytest.approx(0.02, rel=0.05)

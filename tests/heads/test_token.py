@@ -38,7 +38,7 @@ def test_golden(golden):
         torch.testing.assert_close(alone, tensors["cls_only_logits"], **expect)
 
 
-def test_mean_and_masked_are_those_of_all_logits(golden):
+def test_golden_mean_and_masked_are_those_of_all_logits(golden):
     for name in golden.cases("ibot/head_*"):
         case = golden(name)
         head, x = golden_head(case), case.tensors["x"]

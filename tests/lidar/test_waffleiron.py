@@ -296,7 +296,7 @@ def test_parameter_counts():
         assert count / 1e6 == pytest.approx(millions, abs=0.01)
 
 
-def test_official_checkpoint(golden, tmp_path):
+def test_golden_weights_as_an_official_checkpoint(golden, tmp_path):
     case = golden("waffleiron/segmenter_layernorm")
     state = {f"module.{name}": value for name, value in case.under("state/").items()}
     torch.save({"model_point": state, "epoch": 3}, tmp_path / "official.pth")

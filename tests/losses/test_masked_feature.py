@@ -11,6 +11,8 @@ def test_golden(golden):
     case = golden("dbot/loss")
     tensors = case.tensors
     wanted = tensors["mask"].bool()
+    assert case.params["beta"] == 2
+    assert case.params["var_unbiased"]
     targets = standardize(tensors["target"], case.params["norm_eps"])
     torch.testing.assert_close(targets, tensors["target_normalised"], **EXPECT)
     for name, target in {"norm": targets, "raw": tensors["target"]}.items():

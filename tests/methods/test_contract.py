@@ -19,6 +19,7 @@ from ssl_distill.callbacks.ema_teacher import EMATeacher
 from ssl_distill.data.shapes import ShapesData
 from ssl_distill.losses.object_view import mean_over_images
 from ssl_distill.methods.base import Distiller
+from ssl_distill.optim.schedules import Cosine
 
 GLOBAL_BATCH = 8
 
@@ -125,6 +126,43 @@ def test_resume_is_bit_equal(name, accumulate, tmp_path):
         resumed = fit(name, callbacks=[save_every_step(folder)], **options).state_dict()
         different = [key for key, value in whole.items() if not torch.equal(value, resumed[key])]
         assert not different, f"stopped after step {stop}: {different[:3]}"
+
+
+def teacher_step(name, precision, folder):
+    """How far the teacher went towards where its student is, and the dtypes of its centers."""
+    pl.seed_everything(0, verbose=False)
+    method = METHODS[name](momentum=Cosine(0.996, 0.996), learning_rate=Cosine(2e-3, 2e-3), freeze_last_layer_epochs=0)
+    networks = {"student": method.student, "teacher": method.teacher}
+    start = {key: value.detach().bfloat16().float() for key, value in method.teacher.named_parameters()}
+    trainer_for(folder, precision=precision, max_epochs=6).fit(method, small_data(name))
+    student, teacher = (
+        torch.cat([(dict(network.named_parameters())[key].detach().float() - start[key]).flatten() for key in start])
+        for network in networks.values()
+    )
+    centers = [value.dtype for key, value in method.state_dict().items() if "center" in key or key == "targets.value"]
+    return float(teacher @ student / student.norm()), centers
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_teacher_in_half_precision_does_not_stall(name, tmp_path):
+    """Its steps are below what bfloat16 resolves: without a running value in float32 it would stand still."""
+    expected, _ = teacher_step(name, "32-true", tmp_path)
+    moved, centers = teacher_step(name, "bf16-true", tmp_path)
+    assert moved == pytest.approx(expected, rel=0.05)
+    assert centers
+    assert set(centers) == {torch.float32}
+
+
+def test_resume_in_half_precision_is_bit_equal(tmp_path):
+    whole = fit("dino", tmp_path, precision="bf16-true").state_dict()
+    with pytest.raises(Crash):
+        fit("dino", tmp_path, [save_every_step(tmp_path), StopAt(4)], precision="bf16-true")
+    checkpoint = tmp_path / "last.ckpt"
+    running = torch.load(checkpoint, weights_only=True)["callbacks"]["EMATeacher"]["running"][0]
+    assert {value.dtype for value in running} == {torch.float32}
+    resumed = fit("dino", tmp_path, [save_every_step(tmp_path)], precision="bf16-true", ckpt_path=checkpoint)
+    different = [key for key, value in resumed.state_dict().items() if not torch.equal(value, whole[key])]
+    assert not different
 
 
 def save_every_step(folder):

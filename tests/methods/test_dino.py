@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
@@ -6,9 +8,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ssl_distill.backbones.create import create_backbone
-from ssl_distill.heads.prototype import PrototypeHead
+from ssl_distill.heads.prototype import FreePrototypes, PrototypeHead, UnitPrototypes
 from ssl_distill.methods.dino import DINO
 from ssl_distill.optim.schedules import Cosine, EpochRamp
+from ssl_distill.targets.center import Center
 from ssl_distill.views import MultiCrop
 
 
@@ -80,6 +83,7 @@ class Recorder(Callback):
 def golden_dino(case):
     """The method with the hyper-parameters and initial weights of a golden run."""
     params = case.params
+    assert params["drop_path"] == 0  # nobody else could draw the same paths
     backbone = create_backbone(
         "vit_small_patch16_224",
         img_size=params["img_size"],
@@ -93,9 +97,13 @@ def golden_dino(case):
     method = DINO(
         backbone=backbone,
         num_prototypes=params["out_dim"],
-        head=lambda in_dim, num_prototypes: PrototypeHead(
-            in_dim, num_prototypes, hidden_dim=params["head_hidden"], bottleneck_dim=params["bottleneck"]
+        head=partial(
+            PrototypeHead,
+            hidden_dim=params["head_hidden"],
+            bottleneck_dim=params["bottleneck"],
+            prototypes=UnitPrototypes if params["student_norm_last_layer"] else FreePrototypes,
         ),
+        targets=partial(Center, momentum=params["center_momentum"]),
         augment=StoredViews(),
         learning_rate=Cosine(params["lr_base"], params["min_lr"], params["warmup_epochs"]),
         reference_batch=None,
@@ -108,6 +116,7 @@ def golden_dino(case):
         freeze_last_layer_epochs=params["freeze_last_layer_epochs"],
         clip_norm=params["clip_grad"],
     ).double()
+    assert {module.eps for module in method.modules() if isinstance(module, nn.LayerNorm)} == {params["ln_eps"]}
     method.student.load_state_dict(case.under("init."))
     method.teacher.load_state_dict(case.under("init."))
     return method

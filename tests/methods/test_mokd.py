@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from ssl_distill.augment.multi_crop import MultiCropAugment
 from ssl_distill.callbacks.ema_teacher import ema_update
+from ssl_distill.callbacks.freeze_last_layer import FreezeLastLayer
 from ssl_distill.data.shapes import ShapesData
 from ssl_distill.heads.prototype import PrototypeHead
 from ssl_distill.heads.t_head import THead
@@ -268,6 +269,11 @@ def test_golden_parameter_groups(golden):
         assert found == [set(group) for group in params[model]]
         fixed = {official(k) for k, p in method.student[model].named_parameters() if not p.requires_grad}
         assert fixed == set(params[f"{model}_not_trainable"])
+    (freeze,) = [callback for callback in method.configure_callbacks() if isinstance(callback, FreezeLastLayer)]
+    frozen = [name_of[id(parameter)] for parameter in freeze.layer.parameters()]
+    for model in ("cnn", "vit"):
+        found = {official(name.removeprefix(f"{model}.")) for name in frozen if name.startswith(f"{model}.")}
+        assert found == set(params[f"frozen_in_first_epoch_{model}"])
 
 
 def small_learner(name, backbone, **kwargs):
@@ -291,6 +297,16 @@ def small_mokd(first="convnet_nano", second="vit_nano_patch8_32", num_local=2, *
         reference_batch=None,
         **kwargs,
     )
+
+
+def test_only_tokens_skip_the_projection():
+    """Both backbones are as wide as the T-Heads."""
+    t_head = partial(THead, embed_dim=128, depth=1, num_heads=2)
+    learners = [Learner(name, name, token_head=t_head) for name in ("convnet_nano", "vit_micro_patch4_32")]
+    method = MOKD(*learners, num_prototypes=8, augment=MultiCropAugment(global_size=32, local_size=16))
+    for networks in (method.student, method.teacher):
+        assert isinstance(networks["convnet_nano"].token_head.projection, nn.Linear)
+        assert isinstance(networks["vit_micro_patch4_32"].token_head.projection, nn.Identity)
 
 
 @pytest.mark.parametrize(

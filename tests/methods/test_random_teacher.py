@@ -294,7 +294,7 @@ def test_golden(golden, tmp_path, behaviour):
         assert torch.equal(value, before[name]), name
 
 
-def test_regularizers_get_features_and_logits(golden, tmp_path):
+def test_golden_run_with_regularizers(golden, tmp_path):
     case = golden("random_teacher/train_run_paper")
     params = case.params
     method = DINO(

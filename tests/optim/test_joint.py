@@ -18,6 +18,7 @@ def test_golden_token_head_groups(golden):
     groups = [{"params": [params[name] for name in names]} for names in case.params["groups"]]
     other = nn.Parameter(torch.ones(2))
     optimizer = JointOptimizer([momentum_sgd(groups, case.params["momentum"]), adamw([other])])
+    assert {group["nesterov"] for group in optimizer.param_groups[:-1]} == {case.params["nesterov"]}
     for i, (lr_cnn, lr_vit) in enumerate(zip(case.params["lr_cnn"], case.params["lr_vit"], strict=True)):
         knobs = [(lr_cnn, case.params["wd_cnn"][i]), (lr_cnn, 0.0), (lr_vit, case.params["wd_vit"][i]), (0.1, 0.0)]
         for group, (rate, decay) in zip(optimizer.param_groups, knobs, strict=True):

@@ -13,7 +13,8 @@ from ssl_distill.optim.parameters import adamw, clip_each_tensor, decay_groups
 def test_golden_groups(golden, prototypes):
     case = golden("dino/param_groups")
     backbone = VisionTransformer(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=2, num_classes=0)
-    student = Network(backbone, PrototypeHead(8, 4, hidden_dim=8, bottleneck_dim=4, prototypes=prototypes))
+    norm = nn.BatchNorm1d if case.params["head_use_bn"] else None
+    student = Network(backbone, PrototypeHead(8, 4, hidden_dim=8, bottleneck_dim=4, norm=norm, prototypes=prototypes))
     names = {id(parameter): name for name, parameter in student.named_parameters()}
     decayed, undecayed = ([names.pop(id(p)) for p in group["params"]] for group in decay_groups(student))
 
@@ -52,7 +53,7 @@ def test_golden_lars(golden):
             torch.testing.assert_close(parameter.data, case.tensors[f"after{step}.{name}"], rtol=1e-6, atol=1e-9)
 
 
-def test_lars_is_not_timms(golden):
+def test_golden_lars_is_not_timms(golden):
     """The reason for our own class: the day timm's agrees with the official one, ours can go."""
     from timm.optim import Lars
 

@@ -94,7 +94,7 @@ def on_rank(rank: int, world: int, store: str, case, logits):
 
 
 @pytest.mark.ddp
-def test_ranks(golden, tmp_path):
+def test_golden_ranks(golden, tmp_path):
     case = golden("dino/loss_two_ranks")
     world = case.params["world_size"]
     logits = torch.randn(2, 4 * world, 6, dtype=torch.float64)
