@@ -2,20 +2,21 @@
 
 import logging
 from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from ssl_distill.data.module import EvaluatedData
 from ssl_distill.data.resume import resumed
 from ssl_distill.data.sampler import EpochSampler
 from ssl_distill.distributed import rank, world_size
 from ssl_distill.draws import Draws
-from ssl_distill.lidar.frames import Frames, LidarCameraFrame
+from ssl_distill.lidar.frames import Frames
 from ssl_distill.lidar.preparation import Preparation
 from ssl_distill.lidar.samples import PairedSamples, Samples, evaluation_scan, join_scans, sample_draws
 
@@ -36,30 +37,16 @@ class LidarParts(NamedTuple):
     queries: Frames | None
 
 
-class Some:
+def chosen(frames: Frames, positions: Sequence[int]) -> Frames:
     """Frames at some positions of others."""
-
-    def __init__(self, frames: Frames, positions: Sequence[int]) -> None:
-        self.frames = frames
-        self.positions = positions
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, position: int) -> LidarCameraFrame:
-        frames, place = self.locate(position)
-        return frames[place]
-
-    def locate(self, position: int) -> tuple[Frames, int]:
-        """The frames that a position is taken from, and the position there."""
-        return self.frames, self.positions[position]
+    return Subset(cast(Any, frames), positions)
 
 
 def spread(frames: Frames, count: int) -> Frames:
     """At most `count` frames, at equal distances: neighbours in time are alike."""
     if len(frames) <= count:
         return frames
-    return Some(frames, [i * len(frames) // count for i in range(count)])
+    return chosen(frames, [i * len(frames) // count for i in range(count)])
 
 
 class TrainingSet:
@@ -231,33 +218,16 @@ class LidarData(EvaluatedData):
         return EpochSampler(dataset, self.batch_size, self.seed, world_size(), rank())
 
 
-class _Joined:
-    """The frames of several data sets, one after the other."""
-
-    def __init__(self, parts: Sequence[Frames]) -> None:
-        self.parts = parts
-
-    def __len__(self) -> int:
-        return sum(len(part) for part in self.parts)
-
-    def __getitem__(self, position: int) -> LidarCameraFrame:
-        frames, place = self.locate(position)
-        return frames[place]
-
-    def locate(self, position: int) -> tuple[Frames, int]:
-        """The frames that a position is taken from, and the position there."""
-        for part in self.parts:
-            if position < len(part):
-                return part, position
-            position -= len(part)
-        raise IndexError(position)
-
-
 def origin(frames: Frames, position: int) -> tuple[Frames, int]:
     """Where a frame of a data set comes from, whatever was chosen and joined on the way: frames, and position there."""
-    while isinstance(frames, (Some, _Joined)):
-        frames, position = frames.locate(position)
-    return frames, position
+    source: Any = frames
+    while isinstance(source, (Subset, ConcatDataset)):
+        if isinstance(source, Subset):
+            source, position = source.dataset, source.indices[position]
+        else:
+            part = bisect_right(source.cumulative_sizes, position)
+            source, position = source.datasets[part], position - [0, *source.cumulative_sizes][part]
+    return source, position
 
 
 class MixedLidarData(LidarData):
@@ -298,4 +268,5 @@ class MixedLidarData(LidarData):
         """The training frames of all, evaluation frames of the first."""
         loaded = [member.load() for member in self.members]
         self.class_names = self.members[0].class_names
-        return LidarParts(_Joined([parts.train for parts in loaded]), loaded[0].bank, loaded[0].queries)
+        train: Any = ConcatDataset(cast(Any, [parts.train for parts in loaded]))
+        return LidarParts(train, loaded[0].bank, loaded[0].queries)

@@ -123,11 +123,11 @@ def scene_names(split: str, version: str, scene_list: str | Path | None = None) 
     if version == "v1.0-mini":
         return [f"scene-{number}" for number in MINI_SCENES[split]]
     try:
-        from nuscenes.utils import splits  # type: ignore[import-not-found]
+        from nuscenes.utils import splits
     except ImportError as error:
         raise ValueError(
             f"`{split}_scenes` must be a text file with the {split} scenes of {version}, one per line; without it the"
-            " nuscenes-devkit is asked, which is not installed."
+            " nuscenes-devkit is asked: run `pip install 'ssl-distill[nuscenes]'`."
         ) from error
     return list(getattr(splits, split))
 

@@ -1,6 +1,6 @@
 """nuScenes as a data module."""
 
-from ssl_distill.lidar.data import LidarData, LidarParts, Some
+from ssl_distill.lidar.data import LidarData, LidarParts, chosen
 from ssl_distill.lidar.nuscenes import CLASSES, NuScenes, scene_names
 from ssl_distill.lidar.preparation import Preparation
 from ssl_distill.lidar.samples import Samples
@@ -55,7 +55,7 @@ class NuScenesData(LidarData):
         """Read the tables, or what the cache holds of them."""
         train_scenes = scene_names("train", self.version, self.train_scenes)
         frames = NuScenes(self.root, train_scenes, self.version)
-        train = Some(frames, range(0, len(frames), self.train_every))
+        train = chosen(frames, range(0, len(frames), self.train_every))
         if not frames.has_labels:
             return LidarParts(train, None, None)
         self.class_names = tuple(CLASSES)

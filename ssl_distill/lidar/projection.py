@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from numpy.typing import ArrayLike
+from scipy.spatial.transform import Rotation
 
 from ssl_distill.lidar.frames import Camera, Sensor
 
@@ -13,19 +14,13 @@ def rotation_matrix(quaternion_wxyz: Float[np.ndarray, "4"]) -> Float[np.ndarray
     """Rotation of a quaternion, which is normalised.
 
     Raises:
-        ValueError: If its norm is not about 1: then it is no rotation, or not in this order.
+        ValueError: If its norm is not about 1, which scipy takes too: then it is no rotation, or not in this order.
     """
     norm = np.linalg.norm(quaternion_wxyz)
     if abs(norm - 1) > _UNIT:
         raise ValueError(f"`quaternion_wxyz` must have norm 1, got {norm:.4g}, of {np.asarray(quaternion_wxyz)}.")
-    w, x, y, z = np.asarray(quaternion_wxyz, np.float64) / norm
-    return np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ]
-    )
+    matrix: np.ndarray = Rotation.from_quat(quaternion_wxyz, scalar_first=True).as_matrix()
+    return matrix
 
 
 def pose(quaternion_wxyz: ArrayLike, translation: ArrayLike) -> Float[np.ndarray, "4 4"]:

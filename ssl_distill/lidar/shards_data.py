@@ -12,7 +12,7 @@ from safetensors.numpy import load, save
 
 from ssl_distill.data.optimize import Item, Table, write_shards
 from ssl_distill.data.sources import LitDataItems, count_items, is_litdata
-from ssl_distill.lidar.data import LidarData, LidarParts, Some, origin
+from ssl_distill.lidar.data import LidarData, LidarParts, chosen, origin
 from ssl_distill.lidar.frames import Camera, EncodedImage, Frames, LidarCameraFrame, Sensor
 from ssl_distill.lidar.preparation import Preparation
 from ssl_distill.lidar.samples import Samples
@@ -92,8 +92,8 @@ class LidarShardsData(LidarData):
         """Frames by their positions in the shards."""
         facts = _read_table(self.root)
         frames = ShardFrames(self.root, facts["num_frames"])
-        bank, queries = (None if facts[part] is None else Some(frames, facts[part]) for part in ("bank", "queries"))
-        return LidarParts(Some(frames, facts["train"]), bank, queries)
+        bank, queries = (None if facts[part] is None else chosen(frames, facts[part]) for part in ("bank", "queries"))
+        return LidarParts(chosen(frames, facts["train"]), bank, queries)
 
 
 class ShardFrames:

@@ -1,8 +1,7 @@
-"""Curves as SVG that follows the page's colours."""
+"""Where curves and axes lie in a chart."""
 
 import math
 from collections.abc import Iterator, Sequence
-from html import escape
 from typing import NamedTuple
 
 _WIDTH, _HEIGHT = 340, 190
@@ -26,41 +25,61 @@ class Curve(NamedTuple):
     points: list[tuple[float, float]]
 
 
-def chart(title: str, curves: Sequence[Curve], percent: bool = False) -> str:
-    """A panel with axes and curves; the page's script shows values under the pointer."""
+class Chart(NamedTuple):
+    """A panel with axes, in the pixels that it is drawn in; the page's script shows values under the pointer.
+
+    Attributes:
+        title: What it shows.
+        percent: Whether values are fractions that are told in percent.
+        size: Width and height.
+        frame: Left, upper, right and lower edge of what the axes span.
+        last_step: The step at the right edge.
+        low: The value at the lower edge.
+        high: The value at the upper edge.
+        values: Height and label of every grid line.
+        steps: Place and label of every mark below.
+        curves: Their points in pixels; some are left out of long ones.
+    """
+
+    title: str
+    percent: bool
+    size: tuple[int, int]
+    frame: tuple[int, int, int, int]
+    last_step: float
+    low: float
+    high: float
+    values: list[tuple[float, str]]
+    steps: list[tuple[float, str]]
+    curves: list[Curve]
+
+
+def chart(title: str, curves: Sequence[Curve], percent: bool = False) -> Chart:
+    """Place curves in a panel.
+
+    Args:
+        title: What it shows.
+        curves: At least one.
+        percent: Whether values are fractions that are told in percent.
+    """
     xs, ys = zip(*(point for curve in curves for point in curve.points), strict=True)
     low, high = _widened(min(ys), max(ys))
-    right = max(*xs, 1)
+    last_step = max(*xs, 1)
+    left, top, right, bottom = _LEFT, _TOP, _WIDTH - _RIGHT, _HEIGHT - _BOTTOM
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            _LEFT + x / right * (_WIDTH - _LEFT - _RIGHT),
-            _TOP + (high - y) / (high - low) * (_HEIGHT - _TOP - _BOTTOM),
-        )
+        return left + x / last_step * (right - left), top + (high - y) / (high - low) * (bottom - top)
 
-    parts = []
-    for value in _ticks(low, high):
-        _, y = place(0, value)
-        text = f"{100 * value:g} %" if percent else f"{value:.4g}"
-        parts.append(f'<path class="grid" d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>')
-    for value in _ticks(0, right):
-        x, _ = place(value, low)
-        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 5}" text-anchor="middle">{_short(value)}</text>')
-    for curve in curves:
-        points = [place(x, y) for x, y in _thinned(curve.points)]
-        drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        kind = f'class="c{curve.color} d{curve.dash}" data-label="{escape(curve.label)}"'
-        parts.append(f'<polyline {kind} points="{drawn}"/>')
-        if len(points) <= 20:
-            dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.2"/>' for x, y in points)
-            parts.append(f'<g class="c{curve.color}">{dots}</g>')
-    frame = f"{_LEFT} {_TOP} {_WIDTH - _RIGHT} {_HEIGHT - _BOTTOM}"
-    axes = f'data-frame="{frame}" data-right="{right:g}" data-low="{low!r}" data-high="{high!r}"'
-    return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}" {axes}'
-        f"{' data-percent' * percent}>{''.join(parts)}</svg></figure>"
+    return Chart(
+        title,
+        percent,
+        (_WIDTH, _HEIGHT),
+        (left, top, right, bottom),
+        last_step,
+        low,
+        high,
+        [(place(0, y)[1], f"{100 * y:g} %" if percent else f"{y:.4g}") for y in _ticks(low, high)],
+        [(place(x, low)[0], _short(x)) for x in _ticks(0, last_step)],
+        [curve._replace(points=[place(x, y) for x, y in _thinned(curve.points)]) for curve in curves],
     )
 
 

@@ -1,11 +1,11 @@
 """All that was logged, as charts."""
 
 from collections.abc import Callable, Sequence
-from html import escape
+from typing import NamedTuple
 
 from ssl_distill.callbacks.curves import curve_panels
-from ssl_distill.report.charts import Curve, chart
-from ssl_distill.report.markup import COLORS, run_label
+from ssl_distill.report.charts import Chart, Curve, chart
+from ssl_distill.report.markup import COLORS
 from ssl_distill.report.names import is_percent, is_quality, name_of
 from ssl_distill.report.runs import Run
 
@@ -21,25 +21,33 @@ _GROUPS: tuple[tuple[str, Callable[[str], bool]], ...] = (
 _OPEN_GROUPS = ("Loss", "Scores", "Quality without labels")
 
 
-def curves(runs: Sequence[Run]) -> str:
-    """All that was logged, in groups: a colour per run, a dash pattern per encoder."""
+class Curves(NamedTuple):
+    """What the section shows.
+
+    Attributes:
+        encoders: By number of dash pattern.
+        groups: Charts by the name of their group.
+        open_groups: Groups whose charts are seen at first.
+    """
+
+    encoders: list[str]
+    groups: dict[str, list[Chart]]
+    open_groups: tuple[str, ...] = _OPEN_GROUPS
+
+
+def curves(runs: Sequence[Run]) -> Curves | None:
+    """All that was logged, in groups: a colour per run, a dash pattern per encoder; None if nothing was."""
     by_title = _by_title(runs)
     encoders = list(dict.fromkeys(encoder for drawn in by_title.values() for _, encoder, _ in drawn if encoder))
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, list[Chart]] = {name: [] for name, _ in _GROUPS}
     for title, drawn in by_title.items():
         group = next(name for name, holds in _GROUPS if holds(title))
         lines = [
             Curve(_label(runs, i, encoder), i % COLORS, encoders.index(encoder) % 4 if encoder else 0, points)
             for i, encoder, points in drawn
         ]
-        groups.setdefault(group, []).append(chart(_name(title), lines, _is_percent(title, runs)))
-    parts = [_legend(runs, encoders)] if groups else []
-    for name, _ in _GROUPS:
-        if name in groups:
-            state = " open" if name in _OPEN_GROUPS else ""
-            parts.append(f"<details{state}><summary>{name}</summary>")
-            parts.append(f'<div class="charts">{"".join(groups[name])}</div></details>')
-    return "".join(parts)
+        groups[group].append(chart(_name(title), lines, _is_percent(title, runs)))
+    return Curves(encoders, {name: charts for name, charts in groups.items() if charts}) if by_title else None
 
 
 def _by_title(runs: Sequence[Run]) -> dict[str, list[tuple[int, str, list[tuple[float, float]]]]]:
@@ -71,14 +79,6 @@ def _is_percent(title: str, runs: Sequence[Run]) -> bool:
 
 def _label(runs: Sequence[Run], i: int, encoder: str) -> str:
     return " ".join(filter(None, (runs[i].name if len(runs) > 1 else "", encoder))) or runs[i].name
-
-
-def _legend(runs: Sequence[Run], encoders: Sequence[str]) -> str:
-    items = [f"<span>{run_label(run, i)}</span>" for i, run in enumerate(runs)] * (len(runs) > 1)
-    for i, encoder in enumerate(encoders if len(encoders) > 1 else []):
-        line = f'<svg viewBox="0 0 26 10" class="c5"><polyline class="d{i % 4}" points="0,5 26,5"/></svg>'
-        items.append(f"<span>{line}{escape(encoder)}</span>")
-    return f'<div class="legend">{"".join(items)}</div>' if items else ""
 
 
 def _is_speed(key: str) -> bool:

@@ -3,12 +3,11 @@
 import base64
 import io
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
-from ssl_distill.report.markup import run_label
 from ssl_distill.report.runs import PICTURES, Run
 
 _QUALITIES = (90, 75, 55)
@@ -34,24 +33,45 @@ _PICTURES = {
 }
 
 
-def pictures(runs: Sequence[Run]) -> str:
-    """What each run drew: those of one run beside each other, those of several kind by kind."""
+class Drawn(NamedTuple):
+    """One picture.
+
+    Attributes:
+        run: Number of the run that drew it.
+        source: The picture itself, as a data URI.
+    """
+
+    run: int
+    source: str
+
+
+class Kind(NamedTuple):
+    """Pictures of one kind.
+
+    Attributes:
+        title: What they are.
+        text: How to read them.
+        drawn: At least one, by run.
+    """
+
+    title: str
+    text: str
+    drawn: list[Drawn]
+
+
+def pictures(runs: Sequence[Run]) -> list[Kind]:
+    """What the runs drew, kind by kind."""
     count = sum(len(run.pictures) for run in runs)
-    parts: list[str] = []
-    for kind in PICTURES:
-        title, text = _PICTURES[kind]
-        figures = []
-        for i, run in enumerate(runs):
-            if kind in run.pictures:
-                source = embedded(run.pictures[kind], _MOST_BYTES // count)
-                caption = run_label(run, i)
-                caption = caption if len(runs) > 1 else f'<h3>{title}</h3><p class="note">{text}</p>'
-                alt = f"{title} of {escape(run.name)}"
-                figures.append(f'<figure><figcaption>{caption}</figcaption><img alt="{alt}" src="{source}"></figure>')
-        if figures and len(runs) > 1:
-            figures = [f'<h3>{title}</h3><p class="note">{text}</p><div class="pictures">', *figures, "</div>"]
-        parts += figures
-    return "".join(parts) if len(runs) > 1 or not parts else f'<div class="pictures">{"".join(parts)}</div>'
+    kinds = []
+    for name in PICTURES:
+        drawn = [
+            Drawn(i, embedded(run.pictures[name], _MOST_BYTES // count))
+            for i, run in enumerate(runs)
+            if name in run.pictures
+        ]
+        if drawn:
+            kinds.append(Kind(*_PICTURES[name], drawn))
+    return kinds
 
 
 def embedded(path: Path, most_bytes: int) -> str:

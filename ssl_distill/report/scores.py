@@ -1,68 +1,103 @@
 """Scores of the runs, with their baselines and protocols."""
 
 from collections.abc import Sequence
-from html import escape
+from typing import NamedTuple
 
 from ssl_distill.evaluate.report import protocol_lines
-from ssl_distill.report.markup import run_label, table
 from ssl_distill.report.names import is_percent, is_quality, name_of, number
 from ssl_distill.report.runs import Run
 
 
-def evaluation(runs: Sequence[Run]) -> str:
-    """Scores with labels, scores without, and how both were made."""
+class Cell(NamedTuple):
+    """A score of one encoder of one run, as text.
+
+    Attributes:
+        now: Its last value.
+        before: Its value before training.
+        change: The difference.
+        kind: "up" where training made it better, "down" where worse, else empty.
+    """
+
+    now: str
+    before: str
+    change: str
+    kind: str
+
+
+class Row(NamedTuple):
+    """One score.
+
+    Attributes:
+        label: Its name.
+        hint: How to read it; may be empty.
+        cells: One per column.
+    """
+
+    label: str
+    hint: str
+    cells: list[Cell]
+
+
+class ScoreTable(NamedTuple):
+    """Scores now, before training, and the change: a column per encoder of one run, or else per run.
+
+    Attributes:
+        title: May be empty.
+        encoders: What the columns are; empty where they are the runs.
+        groups: Rows by encoder; by an empty name where the columns are the encoders.
+    """
+
+    title: str
+    encoders: list[str]
+    groups: dict[str, list[Row]]
+
+
+class Scores(NamedTuple):
+    """What the section shows.
+
+    Attributes:
+        tables: Scores with labels, scores without.
+        protocols: Names of the runs by the lines that tell how their numbers were made.
+    """
+
+    tables: list[ScoreTable]
+    protocols: dict[tuple[str, ...], list[str]]
+
+
+def evaluation(runs: Sequence[Run]) -> Scores | None:
+    """Scores with labels, scores without, and how both were made; None if there are none."""
     if not any(run.scores() for run in runs):
-        return ""
-    tables = []
-    for wanted, title in ((False, ""), (True, "<h3>Quality without labels</h3>")):
-        if table := _scoretable(runs, wanted):
-            tables.append(title + table)
-    protocols: dict[str, list[str]] = {}
+        return None
+    tables = [_scoretable(runs, False, ""), _scoretable(runs, True, "Quality without labels")]
+    protocols: dict[tuple[str, ...], list[str]] = {}
     for run in runs:
         if run.protocol:
-            protocols.setdefault("\n".join(protocol_lines(run.protocol)), []).append(run.name)
-    notes = []
-    for text, names in protocols.items():
-        whose = "" if len(protocols) == 1 else f"<b>{escape(', '.join(names))}</b><br>"
-        notes.append(f'<p class="note">{whose}{escape(text).replace(chr(10), "<br>")}</p>')
-    protocol = f"<details open><summary>How the numbers were made</summary>{''.join(notes)}</details>" if notes else ""
-    return "".join(tables) + protocol
+            protocols.setdefault(tuple(protocol_lines(run.protocol)), []).append(run.name)
+    return Scores([table for table in tables if table.groups], protocols)
 
 
-def _scoretable(runs: Sequence[Run], of_quality: bool) -> str:
-    """Scores now, before training, and the change: a column per encoder of one run, or else per run."""
+def _scoretable(runs: Sequence[Run], of_quality: bool, title: str) -> ScoreTable:
     scores = [run.scores() for run in runs]
     encoders = list(dict.fromkeys(encoder for of_run in scores for encoder in of_run))
     if len(runs) == 1:
-        heads = [escape(encoder) for encoder in encoders]
-        groups = {"": list(scores[0].values())}
+        columns = {"": list(scores[0].values())}
     else:
-        heads = [run_label(run, i) for i, run in enumerate(runs)]
-        groups = {encoder: [of_run.get(encoder, {}) for of_run in scores] for encoder in encoders}
-    rows = []
-    for encoder, per_column in groups.items():
+        columns = {encoder: [of_run.get(encoder, {}) for of_run in scores] for encoder in encoders}
+    groups = {}
+    for encoder, per_column in columns.items():
         names = dict.fromkeys(name for each in per_column for name in each if is_quality(name) == of_quality)
-        if names and encoder:
-            rows.append(f'<tr class="group"><th colspan="{1 + 3 * len(heads)}">{escape(encoder)}</th></tr>')
-        for name in names:
-            label, hint = name_of(name)
-            cells = "".join(_score_cells(name, each.get(name)) for each in per_column)
-            rows.append(f"<tr><th>{escape(label)}{f'<small>{hint}</small>' * bool(hint)}</th>{cells}</tr>")
-    if not rows:
-        return ""
-    top = "".join(f'<th class="run n" colspan="3">{head}</th>' for head in heads)
-    kinds = '<th class="run n">now</th><th class="n">before</th><th class="n">change</th>' * len(heads)
-    return table(f'<tr class="top"><th></th>{top}</tr><tr><th></th>{kinds}</tr>', rows)
+        if names:
+            groups[encoder] = [
+                Row(*name_of(name), [_cell(name, *each.get(name, (None, None))) for each in per_column])
+                for name in names
+            ]
+    return ScoreTable(title, encoders if len(runs) == 1 else [], groups)
 
 
-def _score_cells(name: str, values: tuple[float | None, float] | None) -> str:
-    before, now = values or (None, None)
+def _cell(name: str, before: float | None, now: float | None) -> Cell:
     change = None if before is None or now is None else now - before
     text = number(name, change, "+")
     # Only accuracies have a side that is better for certain.
     judged = change is not None and is_percent(name) and not name.endswith("std") and text.strip("+0.\N{MINUS SIGN}")
     kind = ("up" if change > 0 else "down") if judged and change else ""
-    return (
-        f'<td class="n first now">{number(name, now)}</td><td class="n">{number(name, before)}</td>'
-        f'<td class="n {kind}">{text}</td>'
-    )
+    return Cell(number(name, now), number(name, before), text, kind)

@@ -2,80 +2,85 @@
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from ssl_distill.report.markup import run_heading, run_label, setting, table
 from ssl_distill.report.names import DASH
-from ssl_distill.report.recipe import differences_between, differences_from_recipe
+from ssl_distill.report.recipe import Difference, differences_between, differences_from_recipe
 from ssl_distill.report.runs import Run
 
 
-def configuration(runs: Sequence[Run]) -> str:
+class Recipe(NamedTuple):
+    """What a run was started with.
+
+    Attributes:
+        paths: The recipe's files.
+        differences: What the run had otherwise; None if the recipe was not recorded.
+    """
+
+    paths: list[str]
+    differences: list[Difference] | None
+
+
+class Configuration(NamedTuple):
+    """What the section shows.
+
+    Attributes:
+        recipes: Of every run.
+        between: Values of all runs by key, where they differ.
+        whole: The resolved config of every run, as YAML.
+    """
+
+    recipes: list[Recipe]
+    between: dict[str, list[Any]]
+    whole: list[str]
+
+
+class Environment(NamedTuple):
+    """What the section shows.
+
+    Attributes:
+        commands: Of every run, one per start.
+        names: Of the facts, in order.
+        facts: Machine and versions by number of the run, of those that recorded them.
+    """
+
+    commands: list[list[str]]
+    names: list[str]
+    facts: dict[int, dict[str, Any]]
+
+
+def configuration(runs: Sequence[Run]) -> Configuration:
     """What differs from the recipe, what differs between the runs, and the whole."""
-    parts = [run_heading(runs, i) + _from_recipe(run) for i, run in enumerate(runs)]
-    if len(runs) > 1:
-        parts.append(f"<h3>Between the runs</h3>{_between(runs)}")
-    for run in runs:
-        whole = escape(yaml.safe_dump(run.config, sort_keys=False))
-        name = f" of {escape(run.name)}" if len(runs) > 1 else ""
-        parts.append(f"<details><summary>The whole configuration{name}</summary><pre>{whole}</pre></details>")
-    return "".join(parts)
+    return Configuration(
+        [Recipe([each["path"] for each in _first_configs(run)], differences_from_recipe(run)) for run in runs],
+        differences_between(runs),
+        [yaml.safe_dump(run.config, sort_keys=False) for run in runs],
+    )
 
 
-def _from_recipe(run: Run) -> str:
-    differences = differences_from_recipe(run)
-    if differences is None:
-        return '<p class="note">The recipe of this run was not recorded.</p>'
-    files = ", ".join(f"<code>{escape(config['path'])}</code>" for config in run.starts[0]["configs"])
-    if not differences:
-        return f'<p class="note">As in {files}.</p>'
-    rows = [
-        f"<tr><th><code>{escape(each.key)}</code></th><td>"
-        f"{'<i>default</i>' if each.recipe is None else setting(each.recipe)}</td><td>{setting(each.run)}</td></tr>"
-        for each in differences
-    ]
-    head = "<tr><th>argument</th><th>recipe</th><th>this run</th></tr>"
-    return f'<p class="note">Different from {files}:</p>{table(head, rows)}'
-
-
-def _between(runs: Sequence[Run]) -> str:
-    rows = [
-        f"<tr><th><code>{escape(key)}</code></th>{''.join(f'<td>{setting(value)}</td>' for value in values)}</tr>"
-        for key, values in differences_between(runs).items()
-    ]
-    heads = "".join(f"<th>{run_label(run, i)}</th>" for i, run in enumerate(runs))
-    return table(f"<tr><th>argument</th>{heads}</tr>", rows) if rows else '<p class="note">None.</p>'
-
-
-def environment(runs: Sequence[Run]) -> str:
+def environment(runs: Sequence[Run]) -> Environment:
     """The commands of every run, and a table of machines and versions."""
-    parts = []
-    for i, run in enumerate(runs):
-        again = [f"ssl-distill fit -c {shlex.quote(str(run.folder / 'config.yaml'))}"]
-        commands = [start["command"] for start in run.starts] or again
-        parts += [run_heading(runs, i), *map(_command, commands)]
-    recorded = [(i, run) for i, run in enumerate(runs) if run.starts]
-    if recorded:
-        facts = [dict(_facts(run.starts[-1])) for _, run in recorded]
-        rows = [
-            f"<tr><th>{escape(name)}</th>"
-            + "".join(f'<td class="text">{escape(str(of_run.get(name, DASH)))}</td>' for of_run in facts)
-            + "</tr>"
-            for name in dict.fromkeys(name for of_run in facts for name in of_run)
-        ]
-        heads = "".join(f"<th>{run_label(run, i)}</th>" for i, run in recorded)
-        parts.append(table(f"<tr><th></th>{heads}</tr>" * (len(runs) > 1), rows))
-    return "".join(parts)
+    commands = []
+    for run in runs:
+        again = f"ssl-distill fit -c {shlex.quote(str(run.folder / 'config.yaml'))}"
+        commands.append([_an_option_a_line(start["command"]) for start in run.starts] or [_an_option_a_line(again)])
+    recorded = {i: dict(_facts(run.starts[-1])) for i, run in enumerate(runs) if run.starts}
+    names = list(dict.fromkeys(name for of_run in recorded.values() for name in of_run))
+    return Environment(
+        commands, names, {i: {name: of_run.get(name, DASH) for name in names} for i, of_run in recorded.items()}
+    )
 
 
-def _command(command: str) -> str:
-    """A command for a shell, an option a line."""
+def _first_configs(run: Run) -> list[dict[str, str]]:
+    return list(run.starts[0]["configs"]) if run.starts else []
+
+
+def _an_option_a_line(command: str) -> str:
+    """A command for a shell."""
     words = [shlex.quote(word) for word in shlex.split(command)]
-    text = " ".join(f"\\\n  {word}" if word.startswith("-") else word for word in words)
-    return f'<div class="command"><button type="button">copy</button><pre>{escape(text)}</pre></div>'
+    return " ".join(f"\\\n  {word}" if word.startswith("-") else word for word in words)
 
 
 def _facts(start: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from ssl_distill.callbacks.metrics_file import MetricsFile
 from ssl_distill.cli import main
 from ssl_distill.commands.environment import read_environment, record_end, record_start
 from ssl_distill.report.charts import Curve, chart
+from ssl_distill.report.markup import TEMPLATES
 from ssl_distill.report.pictures import embedded
 from ssl_distill.report.recipe import differences_between, differences_from_recipe
 from ssl_distill.report.runs import read_runs
@@ -124,15 +125,35 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
     assert read_runs([folders[0], folders[0]])[1].name == "run"
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_what_runs_say_is_no_markup(tmp_path, others):
+    evil = "<script>alert(1)<"
+    run = make_run(tmp_path / f'">{evil}run')
+    words = ("convnet_nano", "student", "temperature", "recipe.yaml")
+    for name in ("config.yaml", "evaluation.json", "environment.json", "metrics.csv"):
+        (run / name).write_text(re.sub("|".join(words), lambda word: evil + word[0], (run / name).read_text()))
+    old = [make_run(tmp_path / "old", recorded=False)] * others
+    assert main(["report", str(run), *map(str, old), "--output", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<script") == 1  # the page's own
+    for word in ("run", *words):
+        assert f"&lt;script&gt;alert(1)&lt;{word}" in page, word
+    assert 'alt="Views of &#34;&gt;&lt;script&gt;' in page
+
+
+def drawn(title, curves):
+    return TEMPLATES.get_template("chart.html.j2").render(chart=chart(title, curves))
+
+
 def test_charts_hold_any_numbers():
     for points in ([(0, 1.0)], [(0, 0.0), (1, 0.0)], [(5, -1e-9), (9, 1e9)], [(i, i % 7) for i in range(9999)]):
-        drawn = chart("<title>", [Curve("a & b", 0, 0, points)])
-        assert "&lt;title&gt;" in drawn
-        assert "a &amp; b" in drawn
-        assert "nan" not in drawn
-        assert len(drawn) < 12_000
+        panel = drawn("<title>", [Curve("a & b", 0, 0, points)])
+        assert "&lt;title&gt;" in panel
+        assert "a &amp; b" in panel
+        assert "nan" not in panel
+        assert len(panel) < 12_000
     peak = [(i, float(i == 5000)) for i in range(9999)]
-    points = re.search(r'points="([^"]+)"', chart("peak", [Curve("a", 0, 0, peak)]))[1]
+    points = re.search(r'points="([^"]+)"', drawn("peak", [Curve("a", 0, 0, peak)]))[1]
     heights = {pair.split(",")[1] for pair in points.split()}
     assert len(heights) == 2  # thinning keeps the peak
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssl_distill.lidar.data import EvaluationSet, MixedLidarData, Some, TrainingSet, spread
+from ssl_distill.lidar.data import EvaluationSet, MixedLidarData, TrainingSet, chosen, origin, spread
 from ssl_distill.lidar.frames import IGNORED
 from ssl_distill.lidar.preparation import Preparation
 from ssl_distill.lidar.projection import pair_with_pixels
@@ -144,7 +144,7 @@ def test_blind_frames_are_replaced_and_counted(caplog):
     assert batch.picture.tolist()[1] == batch.picture.tolist()[2]
     assert dataset.num_replaced == 1
     assert f"frame {blind.frame_id} has nothing to train on" in caplog.text
-    nothing = TrainingSet(Some(WithBlind(), [1, 1]), PairedSamples(IMAGE_SIZE), street().preparation, 0)
+    nothing = TrainingSet(chosen(WithBlind(), [1, 1]), PairedSamples(IMAGE_SIZE), street().preparation, 0)
     with pytest.raises(ValueError, match="none of 2 frames has points to train on"):
         nothing[0]
 
@@ -156,6 +156,10 @@ def test_mix():
     frames = [data.parts.train[i].frame_id for i in range(10)]
     assert len(set(frames)) == 10
     assert data.parts.train[7].frame_id == "street_9_1"
+    found = [origin(chosen(data.parts.train, [0, 5, 6, 9]), i) for i in range(4)]
+    for (frames, place), position in zip(found, [0, 5, 6, 9], strict=True):
+        assert frames[place].frame_id == data.parts.train[position].frame_id
+        assert isinstance(frames, StreetFrames)
     with pytest.raises(IndexError):
         data.parts.train[10]
     with pytest.raises(ValueError, match="`members` must be one or more data sets"):
@@ -165,7 +169,7 @@ def test_mix():
 def test_spread():
     frames = StreetFrames(0, 0, 10)
     assert spread(frames, 20) is frames
-    assert list(spread(frames, 4).positions) == [0, 2, 5, 7]
+    assert list(spread(frames, 4).indices) == [0, 2, 5, 7]
 
 
 def test_calibration_batches_are_no_training_batches():
