@@ -6,9 +6,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from ssl_distill.callbacks.metrics_table import read_metrics
+from ssl_distill.reading.settings import read_yaml
 
 PICTURES = ("views", "pca", "attention", "neighbours", "pairs", "birdseye")
 
@@ -94,7 +93,7 @@ def _read_run(folder: Path, name: str) -> Run:
     return Run(
         name,
         folder,
-        yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
+        read_yaml(folder / "config.yaml"),
         read_metrics(folder / "metrics.csv"),
         _read_json(folder / "evaluation.json"),
         _read_json(folder / "environment.json"),
