@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.checkpoint import load
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from ssl_distill.callbacks.atomic import beside, remove_stale
-from ssl_distill.reading.shards import PlainPlanner, ShardReader, check_shards, write_checksums
+from ssl_distill.reading.shards import PlainPlanner, ShardReader, check_shards, load_shards, write_checksums
 from ssl_distill.reading.tensors import load_tensors
 from ssl_distill.sharding import divided_like, whole, whole_state_dict
 
@@ -135,14 +134,14 @@ class ShardedStrategy(ModelParallelStrategy):
         check_shards(path)
         reader = ShardReader(path)
         method: dict[str, Any] = {"state_dict": get_model_state_dict(self.model)}
-        load(method, storage_reader=reader, planner=PlainPlanner())
+        load_shards(method, reader)
         self.model.load_state_dict(method["state_dict"], strict=self.lightning_module.strict_loading)
         saved = reader.read_metadata().state_dict_metadata
         for i, optimizer in enumerate(self.optimizers):
             name = f"optimizer_{i}"
             state: dict[str, Any] = {name: get_optimizer_state_dict(self.model, optimizer)}
             # A layer that had not moved when the checkpoint was written has no moments in it, and gets none here.
-            load(state, storage_reader=reader, planner=PlainPlanner(allow_partial_load=True))
+            load_shards(state, reader, PlainPlanner(allow_partial_load=True))
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state[name])
             for key, parameter in self.model.named_parameters():
                 if not any(each.startswith(f"{name}.state.{key}.") for each in saved):

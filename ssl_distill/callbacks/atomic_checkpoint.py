@@ -30,8 +30,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         try:
-            with replacing(path) as temporary:
-                torch.save(checkpoint, temporary)
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                torch.save(checkpoint, file)  # which would put the file's own name into it
         except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
             reason = str(error).partition("\n")[0]
             raise OSError(f"cannot write the checkpoint {path} ({reason}); the one before it is kept.") from error

@@ -24,7 +24,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if reason := _damage(path):
         others = (each for each in _by_age(path.parent.glob("*.ckpt")) if each.name != path.name)
-        whole = next((each for each in others if _damage(each) is None), None)
+        whole = next((each for each in others if _has_checksums(each) and _damage(each) is None), None)
         mend = f"go on from {whole}, which is whole" if whole else "there is no other whole checkpoint beside it"
         raise ValueError(f"`ckpt_path` {path} is damaged, perhaps cut off ({reason}); {mend}.")
     in_shards = path.is_dir()  # then Lightning's part is a file of its own
@@ -32,13 +32,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     checkpoint = load_tensors(file, "ckpt_path", mmap=True)
     if not in_shards and (not isinstance(checkpoint, dict) or "state_dict" not in checkpoint):
         raise ValueError(f"`ckpt_path` {path} is no checkpoint: it has no `state_dict`.")
-    if not (has_shard_checksums(path) if in_shards else has_checksums(path)):
+    if not _has_checksums(path):
         rank_zero_info(f"{path} has no checksums: nobody can tell whether it is what was written")
     return checkpoint
 
 
 def _damage(path: Path) -> str | None:
     return find_damaged_shard(path) if path.is_dir() else find_damage(path)
+
+
+def _has_checksums(path: Path) -> bool:
+    return has_shard_checksums(path) if path.is_dir() else has_checksums(path)
 
 
 def _by_age(paths: Iterable[Path]) -> list[Path]:

@@ -17,7 +17,7 @@ _UNKNOWN_KEY = (
     r"Option '(?P<key>[^']+)' is not accepted",
     r"unrecognized arguments: --(?P<key>[^\s=]+)",
 )
-_NOT_KNOWN = (r"Importing '(?P<path>[^']+)' is not allowed, denied by the '\*' entry",)
+_NOT_KNOWN = (r"Importing '(?P<path>[^']+)' is not allowed, denied by",)
 _MISSING_CLASS = (
     r"Expected a dot import path string: (?P<path>\S+)",
     r"module '(?P<path>[\w.]+)' has no attribute '(?P<name>\w+)'",

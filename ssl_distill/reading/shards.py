@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
@@ -100,13 +101,33 @@ class PlainPlanner(DefaultLoadPlanner):
             plain = torch.load(value, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(
-                f"`ckpt_path`: entry {read_item.storage_index.fqn} holds more than tensors and plain values, and is not"
-                " loaded because it might run code."
+                f"its entry {read_item.storage_index.fqn} holds more than tensors and plain values, and might run code."
             ) from error
         again = io.BytesIO()
         torch.save(plain, again)
         again.seek(0)
         super().load_bytes(read_item, again)
+
+
+def load_shards(
+    state: dict[str, Any], reader: ShardReader, planner: PlainPlanner | None = None, no_dist: bool = False
+) -> None:
+    """Fill a state in place, by all ranks together.
+
+    Args:
+        state: Tensors, whole or each rank's share, and places for values.
+        reader: Of the folder.
+        planner: None asks for all that is in `state`.
+        no_dist: Whether this process reads for itself.
+
+    Raises:
+        ValueError: If something is missing or does not fit, or holds more than tensors and plain values.
+    """
+    try:
+        load(state, storage_reader=reader, planner=planner or PlainPlanner(), no_dist=no_dist)
+    except CheckpointException as error:  # no `Exception`, and its text is every rank's traceback
+        reason, _ = next(iter(error.failures.values()))
+        raise ValueError(f"`ckpt_path` {reader.checkpoint_id} cannot be loaded: {reason}") from error
 
 
 def read_shards(path: str | Path) -> dict[str, Any]:
@@ -125,9 +146,11 @@ def read_shards(path: str | Path) -> dict[str, Any]:
         name: torch.empty(entry.size, dtype=entry.properties.dtype) if hasattr(entry, "properties") else None
         for name, entry in table.state_dict_metadata.items()
     }
+    # Not flattened, so that values land in `flat` itself.
+    planner = PlainPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        load(flat, storage_reader=reader, planner=PlainPlanner(flatten_state_dict=False), no_dist=True)
+        load_shards(flat, reader, planner, no_dist=True)
     whole = unflatten_state_dict(flat, table.planner_data)
     optimizers = sorted((key for key in whole if key.startswith("optimizer_")), key=lambda key: int(key[10:]))
     states = {"optimizer_states": [whole[key] for key in optimizers]} if optimizers else {}
