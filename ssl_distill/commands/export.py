@@ -39,7 +39,9 @@ def export(args: list[str]) -> None:
     checkpoint = read_checkpoint(options.checkpoint)
     if options.checkpoint.is_dir():
         checkpoint = read_shards(options.checkpoint)
-    config = read_yaml(config_file)["model"]
+    content = read_yaml(config_file)
+    if not isinstance(content, dict) or not isinstance(config := content.get("model"), dict):
+        raise ValueError(f"`--config` {config_file} must have a mapping `model`, as the config.yaml of a run has.")
     if not options.trust:
         import_known_only()
     method: Any = _make(config)

@@ -73,8 +73,8 @@ def find_damage(path: str | Path) -> str | None:
             entry = content.testzip()
     except Exception as error:  # a damaged header may ask for a password, another compression, a place before 0 ...
         return _first_line(error)
-    return None if entry is None else f"the checksum of its entry {entry} does not fit"
+    return None if entry is None else f"the checksum of its entry {entry!r} does not fit"
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0].rstrip(".")
+    return " ".join(str(error).partition("\n")[0].split()).rstrip(".")
