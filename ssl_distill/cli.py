@@ -38,6 +38,9 @@ config or option overrides an earlier one.
   ssl-distill fit --model.help DINO                      arguments of a method; --data.help ImageFolderData likewise
   ssl-distill COMMAND --help                             the other commands
 
+A config names classes, which are imported. `fit` imports any; `validate`, `test`, `predict`, `export` and `convert`
+take --trust for such as are not of ssl_distill, torch, timm, lightning, torchvision, torchmetrics or kornia.
+
 SSL_DISTILL_DEBUG=1 shows the traceback of an error."""
 
 

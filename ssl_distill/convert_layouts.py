@@ -1,15 +1,15 @@
 """Official checkpoints: what a file holds, whose layout it has, and which networks are in it."""
 
 import argparse
-import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
+
+from ssl_distill.reading.tensors import load_tensors
 
 _ANCHORS = {  # a weight that every network of the kind has, and only once
     "ViT": "patch_embed.proj.weight",
@@ -133,20 +133,7 @@ def read_official(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"`file` {path} does not exist.")
-    try:
-        if path.suffix == ".safetensors":
-            return dict(load_file(path))
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if named := re.search(r"GLOBAL (\S+) was not an allowed", str(error)):
-            raise ValueError(
-                f"`file` {path} holds a {named[1]}, which is not loaded because it might run code; known are tensors,"
-                " plain values and argparse.Namespace."
-            ) from error
-        raise ValueError(f"`file` {path} is no checkpoint, or was cut off ({_first_line(error)}).") from error
-    except Exception as error:  # zip, pickle and safetensors each have their own for a damaged file
-        raise ValueError(f"`file` {path} is damaged, perhaps cut off ({_first_line(error)}).") from error
+    content = load_tensors(path, "file", known=[argparse.Namespace])
     if not isinstance(content, Mapping):
         raise ValueError(f"`file` {path} must hold weights by name, got a {type(content).__name__}.")
     return dict(content)
@@ -219,7 +206,3 @@ def choose(found: Iterable[Found], layout: str, encoder: str | None, path: str |
         places = "; ".join(f"{each.kind} at {each.place or 'the top'}" for each in found)
         raise ValueError(f"`file` {path} must hold one {name}, found {len(candidates)} among: {places}.")
     return name, candidates[0]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]

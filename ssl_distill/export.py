@@ -18,6 +18,7 @@ from ssl_distill.backbones.create import create_backbone
 from ssl_distill.callbacks.atomic import replacing
 
 _KEY = "ssl_distill"  # all our metadata is one JSON text under this key: safetensors holds only strings
+_LOADING = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir")  # of timm
 # Measures of evaluation that can rank encoders; an object's features are read inside its mask first of all.
 _DECISIVE = ("knn_top1", "linear_top1", "knn_top1_masked", "linear_top1_masked")
 
@@ -171,6 +172,8 @@ def load_backbone(path: str | Path, features_only: bool = False, module: nn.Modu
     name, kwargs = config["timm_name"], config["timm_kwargs"]
     if module is None and name is None:
         raise ValueError(f"{path} holds a {config['class']}, which timm cannot make; pass one as `module`.")
+    if module is None and (foreign := [key for key in kwargs if key in _LOADING] or [name][: ":" in name]):
+        raise ValueError(f"`path` {path} asks timm for weights from elsewhere ({foreign[0]}); it must hold its own.")
     if module is not None:
         if features_only:
             raise ValueError("`features_only` needs one of timm's networks; a `module` gives what it gives.")

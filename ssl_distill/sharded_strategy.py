@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -18,6 +17,9 @@ from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
+from ssl_distill.callbacks.atomic import beside, remove_stale
+from ssl_distill.reading.shards import PlainPlanner, ShardReader, check_shards, load_shards, write_checksums
+from ssl_distill.reading.tensors import load_tensors
 from ssl_distill.sharding import divided_like, whole, whole_state_dict
 
 
@@ -87,11 +89,18 @@ class ShardedStrategy(ModelParallelStrategy):
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        path = Path(self.broadcast(filepath))
-        temporary, old = (path.with_name(f".{path.stem}.{state}{path.suffix}") for state in ("writing", "old"))
+        path, temporary = self.broadcast((Path(filepath), beside(Path(filepath))))
+        if self.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            remove_stale(path, temporary)
+        self.barrier()
         super().save_checkpoint(checkpoint, temporary, storage_options)
         self.barrier()
+        write_checksums(temporary, self.global_rank)
+        self.barrier()
         if self.is_global_zero:
+            old = beside(path, "old")
             if path.is_dir():
                 path.rename(old)
             else:
@@ -101,11 +110,14 @@ class ShardedStrategy(ModelParallelStrategy):
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Restore method and optimisers from a file or a folder of shards; the rest is returned."""
+        """Restore method and optimisers from a file or a folder of shards; the rest is returned.
+
+        Only tensors and plain values are read, whatever `weights_only` says.
+        """
         path = Path(self.broadcast(checkpoint_path))
         if path.is_dir():
-            return self._load_shards(path, weights_only)
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+            return self._load_shards(path)
+        checkpoint: dict[str, Any] = load_tensors(path, "ckpt_path", mmap=True)
         assert self.model is not None
         assert self.lightning_module is not None
         ours, theirs = self.model.state_dict(), checkpoint["state_dict"]
@@ -115,24 +127,26 @@ class ShardedStrategy(ModelParallelStrategy):
             optimizer.load_state_dict(_divided(state, optimizer))
         return checkpoint
 
-    def _load_shards(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
+    def _load_shards(self, path: Path) -> dict[str, Any]:
         """Every rank reads its share; written by any number of ranks."""
         assert self.model is not None
         assert self.lightning_module is not None
+        check_shards(path)
+        reader = ShardReader(path)
         method: dict[str, Any] = {"state_dict": get_model_state_dict(self.model)}
-        load(method, checkpoint_id=path)
+        load_shards(method, reader)
         self.model.load_state_dict(method["state_dict"], strict=self.lightning_module.strict_loading)
-        saved = FileSystemReader(path).read_metadata().state_dict_metadata
+        saved = reader.read_metadata().state_dict_metadata
         for i, optimizer in enumerate(self.optimizers):
             name = f"optimizer_{i}"
             state: dict[str, Any] = {name: get_optimizer_state_dict(self.model, optimizer)}
             # A layer that had not moved when the checkpoint was written has no moments in it, and gets none here.
-            load(state, checkpoint_id=path, planner=DefaultLoadPlanner(allow_partial_load=True))
+            load_shards(state, reader, PlainPlanner(allow_partial_load=True))
             set_optimizer_state_dict(self.model, optimizer, optim_state_dict=state[name])
             for key, parameter in self.model.named_parameters():
                 if not any(each.startswith(f"{name}.state.{key}.") for each in saved):
                     optimizer.state.pop(parameter, None)
-        rest: dict[str, Any] = torch.load(path / "meta.pt", map_location="cpu", weights_only=weights_only)
+        rest: dict[str, Any] = load_tensors(path / "meta.pt", "ckpt_path")
         return rest
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from jsonargparse import _common
 from safetensors import safe_open
 from torch import Tensor
 
@@ -84,3 +85,9 @@ def fit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="session")
 def golden(request: pytest.FixtureRequest) -> Golden:
     return Golden(Path(request.config.getoption("--golden")))
+
+
+@pytest.fixture(autouse=True)
+def own_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose classes may be imported is asked for once per process by the commands, here once per test."""
+    monkeypatch.setattr("jsonargparse._common.parsing_settings", dict(_common.parsing_settings))

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssl_distill.backbones.create import create_backbone
 from ssl_distill.backbones.official import load_official_vit
 from ssl_distill.backbones.vit import Tokens, VisionTransformer
+from ssl_distill.reading.tensors import load_tensors
 
 
 class StagedFeatures(nn.Module):
@@ -136,7 +136,4 @@ class FrozenFeatures(nn.Module):
 def _load(network: VisionTransformer, checkpoint: str) -> None:
     if not Path(checkpoint).is_file():
         raise ValueError(f"`checkpoint` {checkpoint} does not exist.")
-    if checkpoint.endswith(".safetensors"):
-        load_official_vit(network, load_file(checkpoint))
-    else:
-        load_official_vit(network, torch.load(checkpoint, map_location="cpu", weights_only=True))
+    load_official_vit(network, load_tensors(checkpoint))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ssl_distill.backbones.create import create_backbone
 from ssl_distill.backbones.maps import image_features
 from ssl_distill.heads.dense import SpatialAdaptor
+from ssl_distill.reading.tensors import load_tensors
 
 
 class Layout(NamedTuple):
@@ -86,7 +87,7 @@ def read_projection_teacher(
     """
     if not Path(checkpoint).is_file():
         raise ValueError(f"`teacher` {checkpoint} does not exist; give a checkpoint with a projection head.")
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    content = load_tensors(checkpoint, "teacher")
     layout, state = _layout_of(content, checkpoint)
     network = create_backbone(backbone, **(backbone_kwargs or {}))
     _load_backbone(network, state, layout, f"`teacher` {checkpoint} ({layout.kind}) does not fit {backbone}")

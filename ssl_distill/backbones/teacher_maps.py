@@ -1,7 +1,6 @@
 """What a frozen teacher makes of views: computed, or kept on disk."""
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ssl_distill.callbacks.atomic import replacing
 from ssl_distill.heads.network import per_view
 from ssl_distill.views import TwoViews
 
@@ -83,15 +83,8 @@ def _write(file: Path, look: Float[Tensor, "2 3 2 2"], maps: Float[Tensor, "2 C 
     """Keep maps as shares of their largest value, which half precision holds whatever their scale."""
     largest = maps.abs().amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     content = {"half": (maps / largest).half().numpy(), "largest": largest.numpy()}
-    temporary = file.with_name(f".{file.stem}.{os.getpid()}.npz")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        # Without waiting for the disk, as checkpoints do: a cache may lose a file, and a torn one is noticed.
+    with replacing(file, durable=False) as temporary:  # a cache may lose a file, and a torn one is noticed
         np.savez(temporary, look=look.numpy(), **content)  # type: ignore[arg-type]
-        temporary.replace(file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     return content
 
 

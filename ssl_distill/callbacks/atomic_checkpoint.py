@@ -1,18 +1,20 @@
 """Checkpoints that survive a full disk, and those in shards."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from ssl_distill.callbacks.atomic import replacing
+from ssl_distill.reading.shards import check_shards, read_shards
+from ssl_distill.reading.tensors import load_tensors
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside the old one and renames it, so that a full disk or a kill leaves the old one whole.
+
+    What is read is compared with its checksums first, and holds tensors and plain values, whatever is asked for.
 
     Deviation: Lightning writes to the system's temporary folder, from where a move to another disk is a copy over the
     old checkpoint, and holds the whole file in memory meanwhile.
@@ -28,8 +30,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         try:
-            with replacing(path) as temporary:
-                torch.save(checkpoint, temporary)
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                torch.save(checkpoint, file)  # which would put the file's own name into it
         except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
             reason = str(error).partition("\n")[0]
             raise OSError(f"cannot write the checkpoint {path} ({reason}); the one before it is kept.") from error
@@ -37,23 +39,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, place: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a file, or put together a folder that `ShardedStrategy` wrote."""
-        if "://" not in str(path) and Path(path).is_dir():
+        """Read a file, or put together a folder that `ShardedStrategy` wrote.
+
+        Raises:
+            ValueError: If it is damaged, or holds more than tensors and plain values.
+        """
+        if "://" in str(path):
+            return super().load_checkpoint(path, map_location, weights_only=True)
+        if Path(path).is_dir():
+            check_shards(path)
             return read_shards(path)
-        return super().load_checkpoint(path, map_location, weights_only)
-
-
-def read_shards(path: str | Path) -> dict[str, Any]:
-    """A checkpoint in shards as one on a single device; it has to fit into main memory.
-
-    Args:
-        path: Folder of `torch.distributed.checkpoint`, and `meta.pt` with what Lightning adds.
-    """
-    checkpoint: dict[str, Any] = torch.load(Path(path) / "meta.pt", map_location="cpu", weights_only=True)
-    with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix=".whole-") as folder:
-        file = Path(folder) / "whole.pt"
-        dcp_to_torch_save(path, file)
-        whole = torch.load(file, map_location="cpu", weights_only=True)
-    optimizers = sorted((key for key in whole if key.startswith("optimizer_")), key=lambda key: int(key[10:]))
-    states = {"optimizer_states": [whole[key] for key in optimizers]} if optimizers else {}
-    return {**checkpoint, "state_dict": whole["state_dict"], **states}
+        checkpoint: dict[str, Any] = load_tensors(path, "ckpt_path")
+        return checkpoint

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+from ssl_distill.callbacks.atomic import replacing
 from ssl_distill.callbacks.metrics_table import read_metrics
 
 _ORDER = ("train/loss", "train/", "schedule/", "train/health/", "val/", "")  # panels; "" is everything else
@@ -36,7 +37,8 @@ def draw_curves(metrics: str | Path, path: str | Path) -> None:
         axes.grid(alpha=0.3)
         if any(curves):
             axes.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 def curve_panels(rows: Iterable[dict[str, float]]) -> dict[str, Curves]:

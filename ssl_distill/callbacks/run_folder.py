@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.distributed.fsdp import FSDPModule
 
@@ -11,6 +10,7 @@ import ssl_distill
 from ssl_distill.callbacks.curves import draw_curves
 from ssl_distill.callbacks.views_picture import draw_views, sample_batch
 from ssl_distill.export import better_encoder, export_method, loading_lines, models_of
+from ssl_distill.reading.tensors import load_tensors
 from ssl_distill.sharding import whole_state_dict
 
 _CONTENTS = {
@@ -121,7 +121,7 @@ def _export(
 ) -> list[str]:
     """Save the backbone of every model; lines that say which they are and how to load them."""
     if best is not None:
-        checkpoint = torch.load(best, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = load_tensors(best, mmap=True)
         weights, scores = checkpoint["state_dict"], checkpoint.get("ssl_distill", {}).get("scores", {})
     source = best or folder / "last.ckpt"
     origin = f"of {source.name}" if source.exists() else "after the last step"

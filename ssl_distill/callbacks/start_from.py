@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from ssl_distill.callbacks.ema_teacher import EMATeacher
+from ssl_distill.reading.tensors import load_tensors
 from ssl_distill.sharding import divided_like
 
 _STUDENT = ("student.", "mask_token")
@@ -55,7 +55,7 @@ class StartFrom(Callback):
 
 def _read(path: str, student: bool) -> dict[str, Any]:
     """What of a checkpoint belongs to the student, or all the rest; not how far a run had come."""
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    state = load_tensors(path, "student" if student else "teacher", mmap=True)["state_dict"]
     return {
         name: value
         for name, value in state.items()

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader
 
+from ssl_distill.callbacks.atomic import replacing
 from ssl_distill.data.module import TrainingSet, in_loader
 from ssl_distill.draws import Draws, run_seed
 
@@ -62,7 +63,8 @@ def draw_views(batch: Any, augment: Any, path: str | Path, device: torch.device 
         else:
             continue
         columns += [(f"{name.removesuffix('s')} {i + 1}", list(view)) for i, view in enumerate(pictures)]
-    picture_table(columns).save(path)
+    with replacing(path) as temporary:
+        picture_table(columns).save(temporary)
 
 
 def _only(crops: Float[Tensor, "V B 3 H W"], shown: Bool[Tensor, "V B N"]) -> Float[Tensor, "V B 3 H W"]:

@@ -6,10 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from ssl_distill.reading.settings import read_yaml
 
 
 class WandbReport(Callback):
@@ -24,7 +25,7 @@ class WandbReport(Callback):
         """Send the config; a sweep's own values stay beside it under their dotted keys."""
         path = Path(trainer.default_root_dir) / "config.yaml"
         if path.exists():
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+            config = read_yaml(path)
             _send(trainer, "config", lambda run: run.experiment.config.update(config, allow_val_change=True))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

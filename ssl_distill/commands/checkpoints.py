@@ -1,33 +1,53 @@
 """Whether a checkpoint can be read and fits, said in one line."""
 
-import pickle
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
+
+from ssl_distill.reading.settings import read_yaml
+from ssl_distill.reading.shards import find_damaged_shard, has_shard_checksums
+from ssl_distill.reading.tensors import find_damage, has_checksums, load_tensors
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint, its tensors mapped, not read. One in shards comes without its weights.
 
+    All of it is compared with its checksums before. One that has none, of torch before version 1.6 or in shards of
+    version 0.1, is read with a line that says so.
+
     Raises:
-        ValueError: If it is damaged or holds more than tensors and plain values.
+        ValueError: If it is damaged or holds more than tensors and plain values; names another that is whole.
     """
-    file = (
-        Path(path) / "meta.pt" if Path(path).is_dir() else path
-    )  # a folder of shards, and what Lightning adds to them
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"`ckpt_path` {path} is no checkpoint of ssl-distill ({_first_line(error)}).") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"`ckpt_path` {path} is damaged, perhaps cut off ({_first_line(error)}).") from error
-    if file is path and (not isinstance(checkpoint, dict) or "state_dict" not in checkpoint):
+    path = Path(path)
+    if reason := _damage(path):
+        others = (each for each in _by_age(path.parent.glob("*.ckpt")) if each.name != path.name)
+        whole = next((each for each in others if _has_checksums(each) and _damage(each) is None), None)
+        mend = f"go on from {whole}, which is whole" if whole else "there is no other whole checkpoint beside it"
+        raise ValueError(f"`ckpt_path` {path} is damaged, perhaps cut off ({reason}); {mend}.")
+    in_shards = path.is_dir()  # then Lightning's part is a file of its own
+    file = path / "meta.pt" if in_shards else path
+    checkpoint = load_tensors(file, "ckpt_path", mmap=True)
+    if not in_shards and (not isinstance(checkpoint, dict) or "state_dict" not in checkpoint):
         raise ValueError(f"`ckpt_path` {path} is no checkpoint: it has no `state_dict`.")
+    if not _has_checksums(path):
+        rank_zero_info(f"{path} has no checksums: nobody can tell whether it is what was written")
     return checkpoint
+
+
+def _damage(path: Path) -> str | None:
+    return find_damaged_shard(path) if path.is_dir() else find_damage(path)
+
+
+def _has_checksums(path: Path) -> bool:
+    return has_shard_checksums(path) if path.is_dir() else has_checksums(path)
+
+
+def _by_age(paths: Iterable[Path]) -> list[Path]:
+    """The newest first."""
+    return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def check_fits(checkpoint: dict[str, Any], path: str | Path, model: nn.Module, model_config: dict[str, Any]) -> None:
@@ -66,7 +86,7 @@ def _differences(config_file: Path, model_config: dict[str, Any]) -> Iterator[st
     """Arguments of the model that a saved config has otherwise."""
     if not config_file.exists():
         return
-    theirs = dict(_flat(yaml.safe_load(config_file.read_text(encoding="utf-8")).get("model", {})))
+    theirs = dict(_flat(read_yaml(config_file).get("model", {})))
     for key, value in _flat(model_config):
         if theirs.get(key, value) != value:
             yield f"{key.rpartition('init_args.')[2]} is {theirs[key]} there and {value} here"
@@ -78,7 +98,3 @@ def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _flat(value, f"{prefix}.{key}" if prefix else key)
     else:
         yield prefix, config
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ssl_distill.commands.arguments import OneLineParser
+from ssl_distill.commands.trust import HELP, import_known_only
 
 _LAYOUTS = ("dino", "ibot", "udi", "dbot", "mokd", "pcd", "scalr")
 _EPILOG = """An output in .safetensors is a backbone, as `fit` and `export` leave it. One in .ckpt is a checkpoint that
@@ -23,6 +24,7 @@ def convert(args: list[str]) -> None:
     parser.add_argument("--backbone_kwargs", metavar="JSON", help="further arguments of the timm model")
     parser.add_argument("--output", type=Path, help="default: backbone.safetensors beside the file")
     parser.add_argument("--config", type=Path, action="append", help="of the run that goes on, for an output in .ckpt")
+    parser.add_argument("--trust", action="store_true", help=f"with --config: {HELP}")
     options = parser.parse_args(args)
     output = options.output or options.file.parent / "backbone.safetensors"
     if output.suffix not in (".safetensors", ".ckpt"):
@@ -40,6 +42,8 @@ def convert(args: list[str]) -> None:
     if options.config:
         from ssl_distill.commands.convert_checkpoint import convert_checkpoint
 
+        if not options.trust:
+            import_known_only()
         convert_checkpoint(content, options.layout, options.config, output)
         return
 

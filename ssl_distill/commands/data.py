@@ -75,29 +75,29 @@ def _lidar_data(config: Path, overrides: list[str]) -> "LidarData":
     Raises:
         ValueError: If it is no config, or its data are no lidar frames.
     """
-    import yaml
     from jsonargparse import ArgumentParser
     from lightning.pytorch import seed_everything
 
     from ssl_distill.commands.explain import explain
     from ssl_distill.commands.quiet import without_advice
     from ssl_distill.lidar.data import LidarData
+    from ssl_distill.reading.settings import read_yaml
 
     parser = ArgumentParser(prog="ssl-distill", exit_on_error=False)
     parser.add_argument("--seed_everything", type=int, default=0)
     parser.add_subclass_arguments(LidarData, "data", required=True)
     try:
-        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+        content = read_yaml(config)
         if not isinstance(content, dict) or "data" not in content:
             raise ValueError(f"`DIR` {config} must be a folder, or a config with a section `data`, which it has not.")
         seed = content.get("seed_everything")
         seeded = ["--seed_everything", str(seed)] if type(seed) is int else []  # it may be a boolean
         parsed = parser.parse_args([*seeded, "--data", json.dumps(content["data"]), *overrides])
-    except (ArgumentError, yaml.YAMLError) as error:
+    except ArgumentError as error:
         raise ValueError(explain(error, [action.dest for action in parser._actions])) from error
     seed_everything(parsed.seed_everything, workers=True, verbose=False)  # what is generated follows from it
     with without_advice():
-        made = (getattr(parser, "instantiate", None) or parser.instantiate_classes)(parsed)  # before jsonargparse 4.49
+        made = parser.instantiate(parsed)
     module: LidarData = made.data
     module.prepare_data()
     return module

@@ -9,6 +9,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from ssl_distill.commands.methods import list_classes
+from ssl_distill.commands.trust import refusal
 
 _UNKNOWN_KEY = (
     r"Group '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'",
@@ -16,6 +17,7 @@ _UNKNOWN_KEY = (
     r"Option '(?P<key>[^']+)' is not accepted",
     r"unrecognized arguments: --(?P<key>[^\s=]+)",
 )
+_NOT_KNOWN = (r"Importing '(?P<path>[^']+)' is not allowed, denied by",)
 _MISSING_CLASS = (
     r"Expected a dot import path string: (?P<path>\S+)",
     r"module '(?P<path>[\w.]+)' has no attribute '(?P<name>\w+)'",
@@ -40,6 +42,9 @@ def explain(error: BaseException, known_keys: Iterable[str]) -> str:
     message = str(causes[-1])
     key, owner = _place(causes)
     address = ".".join(key)
+    if found := _search(_NOT_KNOWN, message, str(error)):
+        where = f"`{address.removesuffix('.init_args')}`: " if key else ""
+        return where + refusal(found["path"])
     if found := re.search(r"arguments are required: (.+)", message):
         names = [name.rpartition(".")[2] for name in found[1].split(", ")]
         group = ".".join(part for part in key if part != "init_args")

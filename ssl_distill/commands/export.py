@@ -5,16 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule
 
-from ssl_distill.callbacks.atomic_checkpoint import read_shards
 from ssl_distill.commands.arguments import OneLineParser
 from ssl_distill.commands.checkpoints import check_fits, read_checkpoint
 from ssl_distill.commands.explain import explain
+from ssl_distill.commands.trust import HELP, import_known_only
 from ssl_distill.detection.keys import detectron2_settings, save_detectron2, save_torchvision
 from ssl_distill.export import choose_encoder, describe_encoder, export_backbone, loading_lines, quoted
+from ssl_distill.reading.settings import read_yaml
+from ssl_distill.reading.shards import read_shards
 
 
 def export(args: list[str]) -> None:
@@ -29,6 +30,7 @@ def export(args: list[str]) -> None:
     parser.add_argument("--format", choices=_FORMATS, default="timm", help="default: timm; the others take ResNets")
     parser.add_argument("--output", type=Path, help="default: backbone.<suffix of the format> beside the checkpoint")
     parser.add_argument("--config", type=Path, help="default: config.yaml beside the checkpoint")
+    parser.add_argument("--trust", action="store_true", help=HELP)
     options = parser.parse_args(args)
     config_file = options.config or options.checkpoint.parent / "config.yaml"
     for argument, file in (("checkpoint", options.checkpoint), ("--config", config_file)):
@@ -37,7 +39,11 @@ def export(args: list[str]) -> None:
     checkpoint = read_checkpoint(options.checkpoint)
     if options.checkpoint.is_dir():
         checkpoint = read_shards(options.checkpoint)
-    config = yaml.safe_load(config_file.read_text(encoding="utf-8"))["model"]
+    content = read_yaml(config_file)
+    if not isinstance(content, dict) or not isinstance(config := content.get("model"), dict):
+        raise ValueError(f"`--config` {config_file} must have a mapping `model`, as the config.yaml of a run has.")
+    if not options.trust:
+        import_known_only()
     method: Any = _make(config)
     check_fits(checkpoint, options.checkpoint, method, config)
     method.load_state_dict(checkpoint["state_dict"], strict=method.strict_loading)
@@ -85,8 +91,5 @@ def _make(config: dict) -> LightningModule:
         parsed = parser.parse_object({"model": config})
     except ArgumentError as error:
         raise ValueError(explain(error, [])) from error
-    instantiate = (
-        getattr(parser, "instantiate", None) or parser.instantiate_classes
-    )  # its name before jsonargparse 4.49
-    method: LightningModule = instantiate(parsed).model
+    method: LightningModule = parser.instantiate(parsed).model
     return method

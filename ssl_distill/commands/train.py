@@ -33,6 +33,7 @@ from ssl_distill.commands.environment import record_end, record_start
 from ssl_distill.commands.explain import explain
 from ssl_distill.commands.folders import find_checkpoint, run_folder
 from ssl_distill.commands.quiet import without_advice
+from ssl_distill.commands.trust import take_trust
 from ssl_distill.commands.wandb_runs import open_runs, without_missing_wandb
 from ssl_distill.evaluate.evaluation import Evaluation
 from ssl_distill.methods.base import Distiller
@@ -205,6 +206,8 @@ def train(command: str, args: list[str]) -> None:
     Raises:
         ValueError: If the arguments, the config or the data are wrong.
     """
+    if command != "fit":  # which is for one's own configs; the others look at runs from anywhere
+        args = take_trust(args)
     with without_advice(), ExitStack() as stack:
         try:
             CommandLine([command, *args], stack)

@@ -163,11 +163,14 @@ class _Shards:
 
     def _write(self, number: int, folder: Path) -> None:
         binary_writer = import_litdata("litdata.streaming.writer").BinaryWriter
-        writer = binary_writer(str(folder), chunk_size=self.items_per_shard, chunk_index=number)
+        # Order matters: LitData asks its formats in turn, and some take text that happens to be the name of a file, or
+        # bytes that look like a PDF. All is bytes here, and asked first.
+        formats = {"bytes": import_litdata("litdata.streaming.serializers").BytesSerializer()}
+        writer = binary_writer(str(folder), chunk_size=self.items_per_shard, chunk_index=number, serializers=formats)
         start = number * self.items_per_shard
         num_bytes = 0
         for i, position in enumerate(range(start, min(start + self.items_per_shard, len(self.items)))):
-            item = self.items[position]
+            item = {key: _as_bytes(value) for key, value in self.items[position].items()}
             num_bytes += sum(map(len, item.values()))
             if num_bytes > _MOST_BYTES:
                 raise ValueError(
@@ -186,6 +189,10 @@ def _written(shards: Any, num_workers: int) -> Iterator[dict[str, Any]]:
         if isinstance(entry, Exception):
             raise entry
         yield entry
+
+
+def _as_bytes(value: bytes | str) -> bytes:
+    return value.encode(errors="surrogateescape") if isinstance(value, str) else value
 
 
 def _as_is(entry: Any) -> Any:

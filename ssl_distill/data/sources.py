@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,9 @@ from ssl_distill.cache import cache_folder
 from ssl_distill.callbacks.atomic import replacing
 from ssl_distill.data.images import SUFFIXES
 
+_FORMATS = (
+    r"bytes|str|int|float|bool|tensor|numpy|no_header_(tensor|numpy):\d+"  # of LitData; others decode or unpickle
+)
 TABLE = "images.csv"  # beside LitData's shards: path and label of every item, which the shards tell only one by one
 
 
@@ -139,7 +143,12 @@ class LitDataSource(ImageSource):
 
 
 def open_litdata(root: Path) -> Any:
-    """LitData's reader of a folder of shards."""
+    """LitData's reader of a folder of shards.
+
+    Raises:
+        ValueError: As in `read_index`.
+    """
+    read_index(root)
     # Its windows are for reading in order: of 256 decoded items, a random order would use one.
     return import_litdata("litdata").StreamingDataset(str(root), shuffle=False, batch_decode=0)
 
@@ -169,9 +178,44 @@ def is_litdata(root: Path) -> bool:
 
 
 def count_items(root: Path) -> int:
-    """How many items a folder of LitData's shards holds."""
-    index = json.loads((root / "index.json").read_text(encoding="utf-8"))
-    return sum(chunk["chunk_size"] for chunk in index["chunks"])
+    """How many items a folder of LitData's shards holds.
+
+    Raises:
+        ValueError: As in `read_index`.
+    """
+    return sum(chunk["chunk_size"] for chunk in read_index(root)["chunks"])
+
+
+def read_index(root: Path) -> dict[str, Any]:
+    """What LitData will go by; it obeys more than shards of images and frames need.
+
+    Raises:
+        ValueError: If it is no index, items are anything but dicts of bytes, text, numbers and arrays, or shards lie
+            outside of the folder: LitData would unpickle, or import what the index names.
+    """
+    file = root / "index.json"
+    try:
+        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        formats, names = index["config"]["data_format"], [chunk["filename"] for chunk in index["chunks"]]
+        _, items = json.loads(index["config"]["data_spec"])
+        keys = json.loads(items["context"])
+        leaves = [{"type": None, "context": None, "children_spec": []}] * len(formats)
+        is_plain = items["type"] == "builtins.dict" and all(isinstance(key, str) for key in keys)
+        is_plain = is_plain and items["children_spec"] == leaves
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is no index of LitData's shards ({type(error).__name__}: {error}).") from error
+    unknown = [name for name in formats if not re.fullmatch(_FORMATS, str(name))]
+    if unknown:
+        raise ValueError(
+            f"{file} names items of format {unknown[0]}, which are not read because they might run code; known are"
+            " bytes, str, int, float, bool, tensor and numpy. Make the shards again with `ssl-distill data optimize`."
+        )
+    if not is_plain:
+        raise ValueError(f"{file} describes items that are not plain dicts, whose classes would be imported.")
+    outside = [name for name in names if name in ("", "..") or Path(name).name != name]
+    if outside:
+        raise ValueError(f"{file} names the shard {outside[0]}, which is outside of the folder.")
+    return index
 
 
 def open_packed(root: Path) -> tuple[TarSource | LitDataSource, list[FoundImage]] | None:

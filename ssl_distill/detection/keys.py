@@ -83,8 +83,8 @@ def save_torchvision(encoder: nn.Module, path: str | Path) -> str:
         ValueError: If torchvision has no such network.
     """
     name = torchvision_name(encoder)
-    with replacing(path) as temporary:
-        torch.save(_state(encoder), temporary)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(_state(encoder), file)
     return name
 
 

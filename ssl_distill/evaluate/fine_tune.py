@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from lightning.pytorch import Callback, LightningModule
-from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
@@ -25,6 +24,7 @@ from ssl_distill.evaluate.features import FeatureBank
 from ssl_distill.evaluate.fine_tune_crop import FineTuneCrop
 from ssl_distill.optim.parameters import adamw
 from ssl_distill.optim.schedules import Cosine, EpochCosine, Position
+from ssl_distill.reading.tensors import load_tensors
 
 _NOT_DECAYED = ("pos_embed", "cls_token", "dist_token")
 
@@ -196,9 +196,7 @@ def _load_encoder(model: VisionTransformer, encoder: Any, checkpoint: str) -> No
     """Pre-trained weights without the final norm where the classifier has one of its own."""
     if not Path(checkpoint).is_file():
         raise ValueError(f"`checkpoint` {checkpoint} does not exist.")
-    safe = checkpoint.endswith(".safetensors")
-    content = load_file(checkpoint) if safe else torch.load(checkpoint, map_location="cpu", weights_only=True)
-    load_official_vit(encoder, content)
+    load_official_vit(encoder, load_tensors(checkpoint))
     result = model.load_state_dict(encoder.state_dict(), strict=False)
     own = [name for name in result.missing_keys if not name.startswith("fc_norm.")]
     unused = [name for name in result.unexpected_keys if not name.startswith("norm.")]

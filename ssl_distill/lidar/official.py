@@ -1,17 +1,15 @@
 """Published WaffleIron and ScaLR checkpoints, and our own exported backbones, as networks."""
 
-import importlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssl_distill.export import read_metadata
 from ssl_distill.lidar.waffleiron import WaffleIron
+from ssl_distill.reading.tensors import load_tensors
 
 _NAMES = (  # theirs, ours
     (r"embed\.norm\.", "embedding.norm."),
@@ -59,7 +57,7 @@ def read_official(path: str | Path) -> dict[str, Tensor]:
     Raises:
         ValueError: If there are none.
     """
-    content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    content: Any = load_tensors(path, "path")
     for entry in _ENTRIES:
         if entry in content:
             return dict(content[entry])
@@ -78,12 +76,15 @@ def load_waffleiron(path: str | Path, **kwargs: Any) -> WaffleIron:
     arguments = config["timm_kwargs"]
     if "channels" not in arguments:
         raise ValueError(f"`path` {path} holds a {config['class']}, not a WaffleIron.")
-    parts = {name: _import(arguments[name]) for name in ("norm", "activation")}
+    parts = {name: _layer(arguments[name], path) for name in ("norm", "activation")}
     network = WaffleIron(**{**arguments, **parts, **kwargs})
-    network.load_state_dict(load_file(path))
+    network.load_state_dict(load_tensors(path, "path"))
     return network.eval()
 
 
-def _import(name: str) -> Any:
-    module, _, attribute = name.rpartition(".")
-    return getattr(importlib.import_module(module), attribute)
+def _layer(name: str, path: str | Path) -> type[nn.Module]:
+    """A class of torch.nn; whatever else a file may name is not imported."""
+    layer = getattr(nn, name.rpartition(".")[2], None)
+    if not isinstance(layer, type) or f"{layer.__module__}.{layer.__qualname__}" != name:
+        raise ValueError(f"`path` {path} names {name}, which is no layer of torch.nn.")
+    return layer

@@ -166,7 +166,8 @@ def unpack_frame(item: dict[str, Any], root: str) -> LidarCameraFrame:
         item: Facts and arrays.
         root: Where it comes from, for messages.
     """
-    facts = json.loads(item["facts"])
+    said = item["facts"]  # text in shards of version 0.1
+    facts = json.loads(said if isinstance(said, str) else bytes(said))
     # Copied where they cannot be written to, which torch warns of.
     arrays = {name: np.require(array, requirements="W") for name, array in load(bytes(item["arrays"])).items()}
     cameras = tuple(

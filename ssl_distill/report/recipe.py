@@ -4,8 +4,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import yaml
-
+from ssl_distill.reading.settings import parse_yaml
 from ssl_distill.report.names import DASH
 from ssl_distill.report.runs import Run
 
@@ -32,7 +31,7 @@ def differences_from_recipe(run: Run) -> list[Difference] | None:
         return None
     recipe: dict[str, Any] = {}
     for config in run.starts[0]["configs"]:
-        recipe |= dict(_flat(yaml.safe_load(config["text"]) or {}))
+        recipe |= dict(_flat(parse_yaml(config["text"], run.folder / "environment.json") or {}))
     resolved = dict(_flat(run.config))
     given = set(_given(run.starts[0]["command"]))
     keys = [key for key in resolved if key in recipe or any(key == g or key == f"{g}.class_path" for g in given)]

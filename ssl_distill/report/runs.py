@@ -6,9 +6,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from ssl_distill.callbacks.metrics_table import read_metrics
+from ssl_distill.reading.settings import read_yaml
 
 PICTURES = ("views", "pca", "attention", "neighbours", "pairs", "birdseye")
 
@@ -91,10 +90,13 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 def _read_run(folder: Path, name: str) -> Run:
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"`RUN` {folder} is no run folder of `ssl-distill fit`: it has no config.yaml.")
+    config = read_yaml(folder / "config.yaml")
+    if not isinstance(config, dict) or not isinstance(config.get("model", {}), dict):
+        raise ValueError(f"`RUN` {folder} has a config.yaml that `fit` did not write: its `model` must be a mapping.")
     return Run(
         name,
         folder,
-        yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
+        config,
         read_metrics(folder / "metrics.csv"),
         _read_json(folder / "evaluation.json"),
         _read_json(folder / "environment.json"),

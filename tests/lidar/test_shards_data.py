@@ -209,7 +209,7 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
         ([config, "x", "--items-per-shard", "0"], "`--items-per-shard` must be at least 1, got 0"),
         ([config, "x", "--data", "ssl_distill.data.shapes.ShapesData"], "not correspond to a subclass of LidarData"),
         (["bare.yaml", "x"], "`DIR` bare.yaml must be a folder, or a config with a section `data`"),
-        (["torn.yaml", "x"], "a config is no YAML"),
+        (["torn.yaml", "x"], "torn.yaml is no YAML of plain values: expected"),
     ):
         assert main(["data", "optimize", *args]) == 2
         assert message in capsys.readouterr().err
@@ -220,7 +220,12 @@ def test_errors(tmp_path):
         LidarShardsData("nowhere")
     with pytest.raises(ValueError, match=r"`root` must be a folder of finished shards, .* holds none; make them"):
         LidarShardsData(str(tmp_path))
-    (tmp_path / "index.json").write_text('{"chunks": [{"chunk_size": 2}]}')
+    spec = [1, {"type": "builtins.dict", "context": "[]", "children_spec": []}]
+    index = {
+        "chunks": [{"chunk_size": 2, "filename": "chunk-0-0.bin"}],
+        "config": {"data_format": [], "data_spec": json.dumps(spec)},
+    }
+    (tmp_path / "index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"holds shards without frames.json, so not of lidar frames"):
         LidarShardsData(str(tmp_path))
     facts = {"num_frames": 3, "bank_size": 1, "query_size": 1, "class_names": []}
