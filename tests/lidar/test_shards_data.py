@@ -220,10 +220,12 @@ def test_errors(tmp_path):
         LidarShardsData("nowhere")
     with pytest.raises(ValueError, match=r"`root` must be a folder of finished shards, .* holds none; make them"):
         LidarShardsData(str(tmp_path))
-    (tmp_path / "index.json").write_text('{"chunks": [{"chunk_size": 2}]}')
+    chunk = {"chunk_size": 2, "chunk_bytes": 5, "filename": "chunk-0-0.bin"}
+    (tmp_path / "index.json").write_text(json.dumps({"chunks": [chunk]}))
+    (tmp_path / "chunk-0-0.bin").write_bytes(b"12345")
     with pytest.raises(ValueError, match=r"holds shards without frames.json, so not of lidar frames"):
         LidarShardsData(str(tmp_path))
-    facts = {"num_frames": 3, "bank_size": 1, "query_size": 1, "class_names": []}
+    facts = {"num_frames": 3, "bank_size": 1, "query_size": 1, "class_names": [], "train": [0]}
     (tmp_path / "frames.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match=r"holds 2 items, its frames.json 3; make the shards again"):
         LidarShardsData(str(tmp_path))
