@@ -32,6 +32,7 @@ from ssl_distill.evaluate.object_reading import ObjectReading
 from ssl_distill.export import read_metadata
 from ssl_distill.heads.decoder import FeatureDecoder
 from ssl_distill.heads.t_head import THead
+from ssl_distill.losses.object_view import mean_over_images
 from ssl_distill.methods.dbot import DBOT
 from ssl_distill.methods.dino import DINO
 from ssl_distill.methods.mokd import MOKD, Learner
@@ -55,7 +56,9 @@ def ibot():
 
 
 def odis():
-    return small_odis(augment=ObjectCropAugment(MultiCropAugment(**CROPS), patch_size=8), **EMA)
+    # Ranks have different numbers of local crops that miss the object; the default average is meant per rank.
+    augment = ObjectCropAugment(MultiCropAugment(**CROPS), patch_size=8)
+    return small_odis(augment=augment, average=mean_over_images, **EMA)
 
 
 def udi():

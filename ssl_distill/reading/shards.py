@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, load
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 
 from ssl_distill.reading.tensors import load_tensors
@@ -143,7 +143,9 @@ def read_shards(path: str | Path) -> dict[str, Any]:
     reader = ShardReader(path)
     table = reader.read_metadata()
     flat: dict[str, Any] = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype) if hasattr(entry, "properties") else None
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        if isinstance(entry, TensorStorageMetadata)
+        else None
         for name, entry in table.state_dict_metadata.items()
     }
     # Not flattened, so that values land in `flat` itself.
