@@ -6,6 +6,7 @@ import os
 import sys
 
 import ssl_distill
+from ssl_distill.stopping import stopping_now
 
 _COMMANDS = {
     "fit": "train a method; evaluates before the first step and as it goes on, and exports the backbone",
@@ -49,6 +50,9 @@ def main(args: list[str] | None = None) -> int:
 
     Returns:
         Exit code: 0, or 2 after such an error.
+
+    Raises:
+        SystemExit: With code 75 on SIGTERM or SIGUSR1, 130 on Ctrl-C; `fit` saves its step before.
     """
     args = sys.argv[1:] if args is None else args
     if not args or args[0] in ("-h", "--help", "help"):
@@ -58,7 +62,8 @@ def main(args: list[str] | None = None) -> int:
         print(f"ssl-distill {ssl_distill.__version__}")
         return 0
     try:
-        _run(args[0], args[1:])
+        with stopping_now():
+            _run(args[0], args[1:])
     except (ValueError, OSError, argparse.ArgumentError) as error:
         if os.environ.get("SSL_DISTILL_DEBUG"):
             raise

@@ -162,7 +162,9 @@ def entries(value: Any, name: str) -> dict[str, Any]:
     if any(part in name for part in TIMES):
         return {}
     if not isinstance(value, (dict, list)):
-        return {name: value}
+        with contextlib.suppress(ValueError, TypeError):
+            value = float(value)
+        return {name: str(value)}
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
     return {key: each for part, inner in pairs for key, each in entries(inner, f"{name}: {part}").items()}
 

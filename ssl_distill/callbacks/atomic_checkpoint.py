@@ -33,7 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with replacing(path) as temporary, temporary.open("wb") as file:
                 torch.save(checkpoint, file)  # which would put the file's own name into it
         except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
-            reason = str(error).partition("\n")[0]
+            reason = _first_reason(error)
             raise OSError(f"cannot write the checkpoint {path} ({reason}); the one before it is kept.") from error
 
     def load_checkpoint(
@@ -51,3 +51,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return read_shards(path)
         checkpoint: dict[str, Any] = load_tensors(path, "ckpt_path")
         return checkpoint
+
+
+def _first_reason(error: BaseException) -> str:
+    """What the system said, such as that there is no space, where torch's writer covers it by an error of its own."""
+    reason = str(error).partition("\n")[0]
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            reason = cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return reason

@@ -15,6 +15,8 @@ from ssl_distill.callbacks.metrics_table import read_metrics
 class MetricsFile(Logger):
     """Logger that writes `metrics.csv` into a folder, each row at once, so that a killed run keeps what it logged.
 
+    What is logged again for the same step, as an evaluation that a resumed run repeats, is dropped.
+
     Deviation: Lightning's CSVLogger deletes the file of the run that is resumed, and writes only every 100th step.
 
     Args:
@@ -28,6 +30,7 @@ class MetricsFile(Logger):
         self.path = Path(folder) / "metrics.csv"
         self.from_step = from_step
         self._columns: list[str] | None = None
+        self._latest: tuple[int, list[set[str]]] = (-1, [])  # step, and the keys of each of its rows
 
     @property
     def name(self) -> None:
@@ -52,12 +55,26 @@ class MetricsFile(Logger):
         if self._columns is None:
             kept = [row for row in read_metrics(self.path) if row["step"] < self.from_step]
             self._rewrite(kept, ["step", *metrics])
+            for each in kept:
+                self._is_new(each)
         row: dict[str, float] = {"step": -1 if step is None else step, **metrics}
+        if not self._is_new(row):
+            return
         assert self._columns is not None
         if not row.keys() <= set(self._columns):
             self._rewrite(read_metrics(self.path), [*self._columns, *metrics])
         with self.path.open("a", newline="") as file:
             csv.DictWriter(file, self._columns).writerow(row)
+
+    def _is_new(self, row: dict[str, float]) -> bool:
+        """Whether its step has no row of the same keys yet."""
+        step, keys = int(row["step"]), set(row)
+        if step != self._latest[0]:
+            self._latest = (step, [])
+        if keys in self._latest[1]:
+            return False
+        self._latest[1].append(keys)
+        return True
 
     def _rewrite(self, rows: list[dict[str, float]], columns: list[str]) -> None:
         self._columns = list(dict.fromkeys([*columns, *(key for row in rows for key in row)]))

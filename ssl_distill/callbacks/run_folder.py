@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.fsdp import FSDPModule
 
 import ssl_distill
@@ -46,6 +47,11 @@ class RunFolder(Callback):
         if picture_rows < 0:
             raise ValueError(f"`picture_rows` must be at least 0 (0: no picture), got {picture_rows}.")
         self.picture_rows = picture_rows
+        self._scores: dict[str, float] = {}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Know the scores of the run that is gone on with, until there are newer ones."""
+        self._scores = checkpoint.get("ssl_distill", {}).get("scores", {})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw what the network is about to see."""
@@ -58,11 +64,12 @@ class RunFolder(Callback):
             draw_views(batch, augment, _folder(trainer) / "views.png", pl_module.device)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Say whose checkpoint it is and what it scored."""
+        """Say whose checkpoint it is and what it scored; what was logged before it is on the disk before it is."""
+        _log_row_under_way(trainer)
         checkpoint["ssl_distill"] = {
             "method": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
             "version": ssl_distill.__version__,
-            "scores": _scores(trainer),
+            "scores": self._latest_scores(trainer),
         }
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -83,14 +90,35 @@ class RunFolder(Callback):
         lines = [f"\n{folder} holds"]
         lines += [f"  {name:<22}  {text}" for name, text in _CONTENTS.items() if (folder / name).exists()]
         if hasattr(pl_module, "encoders"):
-            lines += _export(pl_module, folder, _best_checkpoint(trainer, pl_module), _scores(trainer), weights)
+            best = _best_checkpoint(trainer, pl_module)
+            lines += _export(pl_module, folder, best, self._latest_scores(trainer), weights)
         trainer.print("\n".join(lines))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how to go on, if the run was stopped from outside (Ctrl-C, SIGTERM)."""
+        if trainer.state.fn != TrainerFn.FITTING or isinstance(exception, Exception):
+            return
         last = _folder(trainer) / "last.ckpt"
-        if trainer.training and not isinstance(exception, Exception) and trainer.is_global_zero and last.exists():
-            trainer.print(f"Stopped. The same command with --ckpt_path last goes on from {last}.")
+        trainer.print(
+            f"Stopped. The same command with --ckpt_path last goes on from {last}."
+            if last.exists()
+            else "Stopped before the first checkpoint. The same command begins again."
+        )
+
+    def _latest_scores(self, trainer: Trainer) -> dict[str, float]:
+        logged = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+        return logged or self._scores
+
+
+def _log_row_under_way(trainer: Trainer) -> None:
+    """Log the step that has just been made.
+
+    A resumed run logs from the checkpoint's step on, and Lightning logs a step after the callbacks that save it: a run
+    that ended in between would lack that row. `MetricsFile` drops the row when it comes again.
+    """
+    batches: Any = trainer.fit_loop.epoch_loop.batch_progress
+    if trainer.training and batches.current.completed < batches.current.processed:
+        trainer._logger_connector.update_train_step_metrics()
 
 
 def _is_trial(trainer: Trainer) -> bool:
@@ -100,10 +128,6 @@ def _is_trial(trainer: Trainer) -> bool:
 
 def _folder(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir)
-
-
-def _scores(trainer: Trainer) -> dict[str, float]:
-    return {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
 
 
 def _best_checkpoint(trainer: Trainer, method: Any) -> Path | None:

@@ -11,9 +11,11 @@ _REQUESTS = {signal.SIGTERM, signal.SIGUSR1} if hasattr(signal, "sigwaitinfo") e
 def outlive_requests(worker_id: int) -> None:
     """A `worker_init_fn`: only the training process ends a loader process.
 
-    SLURM and others signal all processes of a job. The training process then finishes its step and saves a checkpoint
-    (`Preemption`); a loader process that ended at once would end the run with an error before that.
+    SLURM and others signal all processes of a job, Ctrl-C all of a terminal. The training process then finishes its
+    step and saves a checkpoint (`Preemption`); a loader process that ended at once would end the run with an error
+    before that.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if _REQUESTS:
         signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)  # for this thread, and those that it starts
         threading.Thread(target=_wait_for_parent, daemon=True).start()

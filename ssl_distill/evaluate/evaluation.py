@@ -28,7 +28,8 @@ class Evaluation(Callback):
     the first encoder (RankMe).
 
     A sanity check over the whole loaders (`num_sanity_val_steps=-1`) is the baseline; it is logged as step 0. All
-    scores, each with its protocol, are in `evaluation.json` in the trainer's `default_root_dir` and in checkpoints.
+    scores, each with its protocol, are in `evaluation.json` in the trainer's `default_root_dir` and in checkpoints. A
+    run that is gone on with keeps the baseline and the scores that it has, and makes no sanity check.
 
     Args:
         evaluators: What to judge with, the headline first. None is `KNN`, `LinearProbe`, `LowShot` and `Quality`,
@@ -58,6 +59,21 @@ class Evaluation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the scores of a checkpoint."""
         self.history = state_dict["history"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave out the sanity check of a run that is gone on with: what it judged would be no baseline.
+
+        Deviation: Lightning checks again where a checkpoint is of the end of an epoch.
+        """
+        if trainer.ckpt_path:
+            trainer.num_sanity_val_steps = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep what `validate` has added to the file of the run that is gone on with."""
+        if trainer.ckpt_path:
+            self.history += [
+                each for each in _read_history(trainer) if each["stage"] == "validate" and each not in self.history
+            ]
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start collecting.
@@ -125,9 +141,14 @@ class Evaluation(Callback):
     def on_train_end(self, trainer: Any, pl_module: LightningModule) -> None:
         """Judge once more if training stopped between two validations, as `max_steps` may make it."""
         if self.history and self.history[-1].get("step") != trainer.global_step and trainer.enable_validation:
+            loop = trainer.fit_loop.epoch_loop
+            loop._batches_that_stepped -= (
+                1  # logged, as any evaluation, with the step before it: a resumed run keeps it
+            )
             trainer.validating = True
-            trainer.fit_loop.epoch_loop.val_loop.run()
+            loop.val_loop.run()
             trainer.training = True
+            loop._batches_that_stepped += 1
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the last scores in full."""

@@ -144,7 +144,6 @@ def test_slurm_script(code, queued, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"exit_code": 0}, "`exit_code` must be from 1 to 255, got 0"),
         ({"every_n_steps": 0}, "`every_n_steps` must be at least 1, got 0"),
     ],
 )
