@@ -35,7 +35,9 @@ class KorniaRecipe:
     """
 
     def __init__(self, pipeline: nn.Module | list[nn.Module]) -> None:
-        modules = list(pipeline) if isinstance(pipeline, (Sequence, nn.Sequential)) else [pipeline]
+        # kornia's containers are Sequential too, but know more than an order.
+        plain = isinstance(pipeline, Sequence) or type(pipeline) is nn.Sequential
+        modules: list[Any] = list(pipeline) if plain else [pipeline]  # type: ignore[arg-type]
         self.pipeline = K.ImageSequential(*modules)
         self._row_draws: dict[tuple[int, ...], bool] = {}
         for module in self.pipeline.modules():

@@ -1,7 +1,6 @@
-import pytest
 import torch
 
-from ssl_distill.augment.pixel_map import PixelMap, follow
+from ssl_distill.augment.pixel_map import PixelMap, joined, unmoved
 
 SIZE = 20
 
@@ -54,12 +53,12 @@ def test_images_in_parts(monkeypatch):
     torch.testing.assert_close(whole.points, torch.stack([SIZE - points[..., 1], points[..., 0]], -1))
 
 
-@pytest.mark.parametrize("inset", [0.0, 0.5])
-def test_follow_views(inset):
-    """Only the second view is turned; -1 and 1 lie at the edges or in the middles of the outer pixels."""
-    places = torch.tensor([[[-0.5, 0.25], [1.0, -1.0]]]).repeat(2, 1, 1)
-    moved = follow(places, [None, turned()], PixelMap.to_view, inset)
-    assert torch.equal(moved.points[0], places[0])
-    torch.testing.assert_close(moved.points[1, 0], torch.tensor([-0.25, -0.5]))
-    torch.testing.assert_close(moved.points[1, 1], torch.tensor([1.0, 1.0]))
-    assert moved.shown.all()
+def test_views_that_follow_one_another():
+    """Only the second view is turned."""
+    maps = joined([unmoved((1, 3, SIZE, SIZE), torch.device("cpu")), turned()])
+    points = torch.tensor([[[5.0, 12.5], [20.0, 0.0]]]).repeat(2, 1, 1)
+    there = maps.to_view(points)
+    torch.testing.assert_close(there.points, torch.stack([points[0], torch.tensor([[7.5, 5.0], [20.0, 20.0]])]))
+    assert there.shown.all()
+    for part, whole in zip(maps.views(2)[1], turned(), strict=True):
+        assert torch.equal(part, whole)
