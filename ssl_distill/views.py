@@ -16,8 +16,8 @@ class MultiCrop(NamedTuple):
         local_crops: Small crops for the student only; L may be 0.
     """
 
-    global_crops: Float[Tensor, "2 B 3 H W"]
-    local_crops: Float[Tensor, "L B 3 h w"]
+    global_crops: Float[Tensor, "2 B C H W"]
+    local_crops: Float[Tensor, "L B C h w"]
 
 
 class MaskedCrops(NamedTuple):
@@ -29,8 +29,8 @@ class MaskedCrops(NamedTuple):
         masked: True where one of N patches of a global crop is hidden, row by row.
     """
 
-    global_crops: Float[Tensor, "2 B 3 H W"]
-    local_crops: Float[Tensor, "L B 3 h w"]
+    global_crops: Float[Tensor, "2 B C H W"]
+    local_crops: Float[Tensor, "L B C h w"]
     masked: Bool[Tensor, "2 B N"]
 
 
@@ -47,8 +47,8 @@ class ObjectCrops(NamedTuple):
         fallback: Global crops that are the best of those refused, because none was good.
     """
 
-    global_crops: Float[Tensor, "2 B 3 H W"]
-    local_crops: Float[Tensor, "L B 3 h w"]
+    global_crops: Float[Tensor, "2 B C H W"]
+    local_crops: Float[Tensor, "L B C h w"]
     masked: Bool[Tensor, "2 B N"]
     attend: Bool[Tensor, "2 B N"]
     valid: Bool[Tensor, "V B"]
@@ -67,7 +67,7 @@ class TwoViews(NamedTuple):
         moved: Where pixels of the crops went in the views, first views first; None where all stay at their places.
     """
 
-    images: Float[Tensor, "2 B 3 H W"]
+    images: Float[Tensor, "2 B C H W"]
     boxes_xyxy: Float[Tensor, "2 B 4"]
     flip: Bool[Tensor, "2 B"]
     origin: Int[Tensor, "B 3"]
@@ -83,7 +83,7 @@ class MaskedImages(NamedTuple):
         hidden: Numbers of the others, whose features it predicts.
     """
 
-    images: Float[Tensor, "B 3 H W"]
+    images: Float[Tensor, "B C H W"]
     kept: Int[Tensor, "B Nk"]
     hidden: Int[Tensor, "B Nh"]
 
@@ -111,8 +111,8 @@ class AlignedCrops(NamedTuple):
         local: Sampled points of each local crop in global crop 1, then in global crop 0 (L, 2, B, s, 4).
     """
 
-    global_crops: Float[Tensor, "2 B 3 H W"]
-    local_crops: Float[Tensor, "L B 3 h w"]
+    global_crops: Float[Tensor, "2 B C H W"]
+    local_crops: Float[Tensor, "L B C h w"]
     own: TokenPositions
     other: TokenPositions
     local: TokenPositions

@@ -13,6 +13,7 @@ from ssl_distill.augment.crops import (
     RandomCrop,
     check_channels,
     check_count,
+    check_recipes,
     color_crops,
     color_draws,
     crop_draws,
@@ -71,7 +72,7 @@ class AlignedCropAugment(ViewAugment[AlignedCrops]):
         move: Moves crops: `move_to_overlap`, or `move_to_overlap_as_published`.
         reference: What local crops are moved to, from the boxes of the global ones: `intersection`, or
             `union_as_published`.
-        recipe: Colours of all crops.
+        recipe: Colours of all crops: a `ColorRecipe` or a `KorniaRecipe`.
         mean: Of the channels in [0, 1]; subtracted last.
         std: Of the channels; divided by last.
 
@@ -99,6 +100,7 @@ class AlignedCropAugment(ViewAugment[AlignedCrops]):
         super().__init__()
         check_count({"num_local": num_local})
         check_channels(mean, std)
+        check_recipes([recipe], mean, "positions of tokens")
         self.global_grid = _patches_along(global_size, patch_size, "global_size")
         self.local_grid = _patches_along(local_size, patch_size, "local_size")
         for name, window, grid in (

@@ -197,6 +197,25 @@ def check_channels(mean: Sequence[float], std: Sequence[float]) -> None:
         raise ValueError(f"`std` must be positive in every channel, got {std}.")
 
 
+def check_recipes(recipes: Sequence[Recipe], mean: Sequence[float], follows: str | None = None) -> None:
+    """Refuse recipes that cannot be.
+
+    Args:
+        recipes: Of all views.
+        mean: One number per channel.
+        follows: What must follow where pixels are moved; None: nothing.
+
+    Raises:
+        ValueError: If colours of other than 3 channels are to be changed, or pixels are moved nobody knows where to.
+    """
+    for recipe in recipes:
+        if isinstance(recipe, KorniaRecipe):
+            if follows:
+                recipe.check_can_follow(follows)
+        else:
+            recipe.check_channels(len(mean))
+
+
 def check_count(counts: Mapping[str, int]) -> None:
     """Refuse numbers of crops below 0."""
     for name, value in counts.items():

@@ -35,14 +35,16 @@ class KorniaRecipe:
     """
 
     def __init__(self, pipeline: nn.Module | list[nn.Module]) -> None:
-        modules = list(pipeline) if isinstance(pipeline, (Sequence, nn.Sequential)) else [pipeline]
+        # kornia's containers are Sequential too, but know more than an order.
+        plain = isinstance(pipeline, Sequence) or type(pipeline) is nn.Sequential
+        modules: list[Any] = list(pipeline) if plain else [pipeline]  # type: ignore[arg-type]
         self.pipeline = K.ImageSequential(*modules)
         self._row_draws: dict[tuple[int, ...], bool] = {}
         for module in self.pipeline.modules():
             name = type(module).__name__
             if isinstance(module, K.MixAugmentationBaseV2):
                 raise ValueError(f"`pipeline` must not mix images, views are of one image each; leave out {name}.")
-            if getattr(module, "same_on_batch", None):
+            if isinstance(module, K.AugmentationBase2D) and module.same_on_batch and _draws(module):
                 raise ValueError(f"`pipeline` must draw for every image of its own; {name} has `same_on_batch`=True.")
 
     def __repr__(self) -> str:
@@ -179,6 +181,16 @@ class KorniaRecipe:
         for module in self.pipeline.modules():
             if isinstance(module, K.PatchSequential):
                 yield type(module).__name__, None
+
+
+def _draws(module: K.AugmentationBase2D) -> bool:
+    """Whether a module that treats all images alike draws anything; kornia's `Normalize` does not."""
+    try:
+        with RowDraws(torch.arange(2)):
+            module.forward_parameters((2, 3, 64, 64))
+    except DrawForBatch:
+        return True
+    return False
 
 
 def _forked(device: torch.device) -> Any:

@@ -4,8 +4,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ssl_distill.augment.base import ViewAugment
-from ssl_distill.augment.color import normalize
-from ssl_distill.augment.crops import RandomCrop, as_floats, check_channels
+from ssl_distill.augment.color import DRAWS_PER_COLOR, Recipe, normalize
+from ssl_distill.augment.crops import RandomCrop, as_floats, check_channels, check_recipes, color_crops
 from ssl_distill.augment.geometry import DRAWS_PER_CROP
 from ssl_distill.augment.masked_crop import patch_grid
 from ssl_distill.augment.multi_crop import IMAGENET_MEAN, IMAGENET_STD
@@ -13,7 +13,7 @@ from ssl_distill.data.batch import ImageBatch
 from ssl_distill.draws import Draws
 from ssl_distill.views import MaskedImages
 
-_CROP_STREAM, _MASK_STREAM = 0, 1
+_CROP_STREAM, _MASK_STREAM, _COLOR_STREAM = range(3)
 
 
 class MaskedImageAugment(ViewAugment[MaskedImages]):
@@ -26,6 +26,7 @@ class MaskedImageAugment(ViewAugment[MaskedImages]):
         scale: Smallest and largest area of the crop as a share of the image.
         ratio: Smallest and largest width over height of the crop in the original image.
         flip_probability: Share of views that are mirrored left to right.
+        recipe: Colours of the views, a `ColorRecipe` or a `KorniaRecipe`; None leaves them as they are.
         mean: Of the channels in [0, 1]; subtracted last.
         std: Of the channels; divided by last.
 
@@ -40,11 +41,13 @@ class MaskedImageAugment(ViewAugment[MaskedImages]):
         scale: tuple[float, float] = (0.2, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip_probability: float = 0.5,
+        recipe: Recipe | None = None,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
         super().__init__()
         check_channels(mean, std)
+        check_recipes([recipe] if recipe else [], mean)
         self.crop = RandomCrop(global_size, scale, ratio, flip_probability, names=("global_size", "scale"))
         self.grid = patch_grid(global_size, patch_size)
         self.num_patches = self.grid[0] * self.grid[1]
@@ -60,6 +63,7 @@ class MaskedImageAugment(ViewAugment[MaskedImages]):
         self.global_size = global_size
         self.patch_size = patch_size
         self.mask_ratio = mask_ratio
+        self.recipe = recipe
         self.mean = mean
         self.std = std
 
@@ -71,8 +75,12 @@ class MaskedImageAugment(ViewAugment[MaskedImages]):
         return MaskedImages(crops, *divide_patches(noise, self.mask_ratio))
 
     def finish(self, views: MaskedImages, index: Int[Tensor, "B"], draws: Draws) -> MaskedImages:
-        """Nothing happens to colours."""
-        return views._replace(images=normalize(as_floats(views.images), self.mean, self.std))
+        """Colours by the recipe."""
+        if self.recipe is None:
+            return views._replace(images=normalize(as_floats(views.images), self.mean, self.std))
+        uniform = draws.uniform(index, _COLOR_STREAM, DRAWS_PER_COLOR)
+        (images,) = color_crops(views.images[None], [self.recipe], uniform[None], self.mean, self.std)
+        return views._replace(images=images)
 
 
 def num_kept(num_patches: int, mask_ratio: float) -> int:

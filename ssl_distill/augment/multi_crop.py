@@ -5,7 +5,15 @@ from torch import Tensor
 
 from ssl_distill.augment.base import ViewAugment
 from ssl_distill.augment.color import ColorRecipe, Recipe
-from ssl_distill.augment.crops import RandomCrop, check_channels, check_count, color_crops, color_draws, crop_draws
+from ssl_distill.augment.crops import (
+    RandomCrop,
+    check_channels,
+    check_count,
+    check_recipes,
+    color_crops,
+    color_draws,
+    crop_draws,
+)
 from ssl_distill.data.batch import ImageBatch, ObjectBatch
 from ssl_distill.draws import Draws
 from ssl_distill.views import MultiCrop
@@ -28,7 +36,7 @@ class MultiCropAugment(ViewAugment[MultiCrop]):
         local_scale: The same of a local crop.
         ratio: Smallest and largest width over height of a crop in the original image.
         flip_probability: Share of crops that are mirrored left to right.
-        global_recipe_1: Colours of the first global crop.
+        global_recipe_1: Colours of the first global crop: a `ColorRecipe` or a `KorniaRecipe`.
         global_recipe_2: Colours of the second global crop.
         local_recipe: Colours of local crops.
         mean: Of the channels in [0, 1]; subtracted last.
@@ -55,6 +63,7 @@ class MultiCropAugment(ViewAugment[MultiCrop]):
         super().__init__()
         check_count({"num_local": num_local})
         check_channels(mean, std)
+        check_recipes([global_recipe_1, global_recipe_2, local_recipe], mean)
         self.global_crop = RandomCrop(
             global_size, global_scale, ratio, flip_probability, names=("global_size", "global_scale")
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ssl_distill.augment.base import ViewAugment
 from ssl_distill.augment.checks import check_probability
 from ssl_distill.augment.color import DRAWS_PER_COLOR
-from ssl_distill.augment.crops import RandomCrop, color_crops, pixel_map, whole_image
+from ssl_distill.augment.crops import RandomCrop, check_recipes, color_crops, pixel_map, whole_image
 from ssl_distill.augment.geometry import DRAWS_PER_CROP, CropBoxes, scale_boxes
 from ssl_distill.augment.masked_crop import MASK_STREAM, ibot_crops, patch_grid
 from ssl_distill.augment.multi_crop import MultiCropAugment
@@ -113,6 +113,7 @@ class ObjectCropAugment(ViewAugment[ObjectCrops]):
         self.local_min_coverage = local_min_coverage
         self.missing = missing
         self.mean, self.std = self.crops.mean, self.crops.std
+        check_recipes(self.crops.global_recipes, self.mean, "masks of objects")
 
     def cut(self, batch: ObjectBatch, draws: Draws) -> ObjectCrops:
         """Crops in the images' own colours, and masks."""

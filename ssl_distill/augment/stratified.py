@@ -107,10 +107,14 @@ def project_positions(
 def _followed(
     follow: Callable[[Tensor], Followed], relative: Float[Tensor, "N S 2"], moved: PixelMap
 ) -> tuple[Float[Tensor, "N S 2"], Bool[Tensor, "N S"]]:
-    """Rows and columns as shares of a crop, in another picture of the same size, and whether they are shown there."""
-    size = relative.new_tensor(moved.shown.shape[:0:-1])  # width, height
-    points, shown = follow(relative.flip(2) * size)
-    return (points / size).flip(2), shown
+    """Rows and columns, from 0 to 1 between the middles of the outer pixels, in another picture of the same size.
+
+    Returns:
+        The places there, and whether they are shown.
+    """
+    span = relative.new_tensor(moved.shown.shape[:0:-1]) - 1  # width, height
+    points, shown = follow(relative.flip(2) * span + 0.5)
+    return ((points - 0.5) / span.clamp(min=1)).flip(2), shown
 
 
 def inside_any(positions: TokenPositions) -> Bool[Tensor, "*views B S"]:

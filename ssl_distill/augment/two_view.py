@@ -6,7 +6,15 @@ from torch import Tensor
 
 from ssl_distill.augment.base import ViewAugment
 from ssl_distill.augment.color import Recipe
-from ssl_distill.augment.crops import RandomCrop, check_channels, color_crops, color_draws, crop_draws, pixel_map
+from ssl_distill.augment.crops import (
+    RandomCrop,
+    check_channels,
+    check_recipes,
+    color_crops,
+    color_draws,
+    crop_draws,
+    pixel_map,
+)
 from ssl_distill.augment.multi_crop import GLOBAL_1, GLOBAL_2, IMAGENET_MEAN, IMAGENET_STD
 from ssl_distill.augment.resample import Filter
 from ssl_distill.data.batch import ImageBatch
@@ -22,7 +30,7 @@ class TwoViewAugment(ViewAugment[TwoViews]):
         scale: Smallest and largest area of a view as a share of the image.
         ratio: Smallest and largest width over height of a view in the original image.
         flip_probability: Share of views that are mirrored left to right.
-        recipe_1: Colours of first views.
+        recipe_1: Colours of first views: a `ColorRecipe` or a `KorniaRecipe`.
         recipe_2: Colours of second views.
         filter: Of the antialiased resampling.
         mean: Of the channels in [0, 1]; subtracted last.
@@ -45,6 +53,7 @@ class TwoViewAugment(ViewAugment[TwoViews]):
     ) -> None:
         super().__init__()
         check_channels(mean, std)
+        check_recipes([recipe_1, recipe_2], mean, "pairs of pixels")
         self.crop = RandomCrop(global_size, scale, ratio, flip_probability, filter, names=("global_size", "scale"))
         self.global_size = global_size
         self.recipes = [recipe_1, recipe_2]
