@@ -14,8 +14,6 @@ else:
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ssl_distill"
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "nuscenes": "nuscenes-devkit"}  # named otherwise than their module
-# Kornia is declared, and the package does not import it yet. To be removed with the change that does.
-NOT_YET_IMPORTED = {"kornia"}
 
 
 def imports(source: str) -> Iterator[str]:
@@ -72,7 +70,7 @@ def test_the_package_declares_what_it_imports():
 
 def test_the_package_imports_what_it_declares():
     extras = {extra: names for extra, names in declared().items() if extra != "dev"}
-    unused = set().union(*extras.values()) - imported(PACKAGE, {"ssl_distill"}).keys() - NOT_YET_IMPORTED
+    unused = set().union(*extras.values()) - imported(PACKAGE, {"ssl_distill"}).keys()
     assert not unused
 
 

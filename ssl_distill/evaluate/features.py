@@ -34,6 +34,9 @@ class Features(NamedTuple):
 class FeatureBank:
     """Collects features batch by batch, on all ranks, and counts no image twice.
 
+    Accuracies over images are means of its rows: torchmetrics does not know which image a row is of, and would count
+    twice what a distributed sampler pads with.
+
     Args:
         device: Where a rank that sees no batch takes part in the gathering from; None is torch's default device.
     """

@@ -7,7 +7,6 @@ import torch
 from jaxtyping import Int
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ssl_distill.callbacks.atomic import replacing
 from ssl_distill.distributed import gather_rows
@@ -95,8 +94,7 @@ class PointEvaluation(Evaluation):
         self._probe: nn.Module | None = None
         self._scans = [0, 0]
         self._picture: tuple[Tensor, ...] = ()
-        metric = MulticlassConfusionMatrix(len(self._class_names), ignore_index=IGNORED, validate_args=False)
-        self._confusion = metric.to(pl_module.device)
+        self._scores = segmentation_scores(len(self._class_names)).to(pl_module.device)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -113,7 +111,7 @@ class PointEvaluation(Evaluation):
             self._learn()
         assert self._probe is not None
         predicted = self._probe(tokens).argmax(1)[batch.read_back]
-        self._confusion.update(predicted, batch.labels)
+        self._scores.update(predicted, batch.labels)
         if not self._picture:
             first = slice(0, int(batch.num_read[0]))
             seen = tokens[batch.read_back[first]]
@@ -142,7 +140,7 @@ class PointEvaluation(Evaluation):
         """Scores of the network, how they came about, and the headline."""
         if self._probe is None:  # no query scan on this rank: it takes part in the gathering all the same
             self._learn()
-        found = segmentation_scores(self._confusion.compute())
+        found = self._scores.compute()
         scores = {"linear_miou": float(found["miou"]), "linear_accuracy": float(found["accuracy"])}
         for name, iou in zip(self._class_names, found["iou"].tolist(), strict=True):
             scores[f"linear_iou_{name}"] = iou

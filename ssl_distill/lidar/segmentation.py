@@ -10,12 +10,10 @@ from jaxtyping import Float
 from lightning.pytorch import Callback, LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from ssl_distill.callbacks.schedules import Schedules
 from ssl_distill.evaluate.features import evaluating
 from ssl_distill.lidar.batch import PointBatch
-from ssl_distill.lidar.frames import IGNORED
 from ssl_distill.lidar.official import load_waffleiron
 from ssl_distill.lidar.point_probe import linear_head
 from ssl_distill.lidar.samples import ScanBatch
@@ -32,7 +30,7 @@ FINETUNING_RATE = EpochCosine(2e-3, 0.0, warmup_epochs=2)
 class PointSegmentation(LightningModule, ABC):
     """A backbone with a linear head, trained with labels and judged on whole scans. Subclasses are final.
 
-    Logged are `val/miou`, `val/accuracy` and `val/iou_<class>`, from one confusion matrix of all points of all ranks.
+    Logged are `val/miou`, `val/accuracy` and `val/iou_<class>`, of all points of all ranks.
 
     Args:
         backbone: The network.
@@ -64,7 +62,7 @@ class PointSegmentation(LightningModule, ABC):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.lovasz_weight = lovasz_weight
-        self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False)
+        self.scores = segmentation_scores(num_classes)
 
     @property
     def position(self) -> Position:
@@ -95,19 +93,19 @@ class PointSegmentation(LightningModule, ABC):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation's predictions."""
-        self.confusion.reset()
+        self.scores.reset()
 
     def validation_step(self, batch: ScanBatch, batch_idx: int) -> None:
         """Count right and wrong points, those that were left out among them."""
-        self.confusion.update(self(batch.points).argmax(1)[batch.read_back], batch.labels)
+        self.scores.update(self(batch.points).argmax(1)[batch.read_back], batch.labels)
 
     def on_validation_epoch_end(self) -> None:
         """Log the scores."""
-        scores = segmentation_scores(self.confusion.compute())
+        scores = self.scores.compute()
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", ()) or range(len(scores["iou"]))
         values = {f"val/iou_{name}": iou for name, iou in zip(names, scores["iou"], strict=True)}
         values |= {f"val/{name}": scores[name] for name in ("miou", "accuracy")}
-        self.log_dict({name: value.float() for name, value in values.items()}, sync_dist=True)
+        self.log_dict(values, sync_dist=True)
 
     def configure_callbacks(self) -> list[Callback]:
         """How the knobs move."""

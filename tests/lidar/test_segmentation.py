@@ -1,11 +1,12 @@
 import math
+import warnings
 from itertools import pairwise
 
 import pytest
 import torch
 from lidar_clouds import random_clouds, street_data
 from lightning.pytorch import Callback, Trainer
-from torch import nn
+from torch import multiprocessing, nn
 from torch.utils.data import DataLoader
 
 from ssl_distill.export import export_backbone
@@ -48,13 +49,48 @@ def test_golden_loss_and_scores(golden):
     torch.testing.assert_close(without, t["cross_entropy"], rtol=1e-6, atol=1e-6)
 
     probe = PointProbe(WaffleIron(((2, 2),), 4, 1), p["num_classes"])
-    probe.confusion.update(t["logits"].argmax(1), t["labels"])
-    confusion = probe.confusion.compute()
-    assert torch.equal(confusion, t["confusion"])
-    scores = segmentation_scores(confusion)
-    names = {"iou": "iou", "miou": "miou", "class_accuracy": "per_class_accuracy"}
-    for ours, theirs in {**names, "mean_accuracy": "macc", "accuracy": "overall_accuracy"}.items():
-        torch.testing.assert_close(scores[ours], t[theirs], rtol=1e-6, atol=1e-6, equal_nan=True)
+    for predicted, labels in zip(t["logits"].argmax(1).split(50), t["labels"].split(50), strict=True):
+        probe.scores.update(predicted, labels)
+    assert torch.equal(probe.scores["miou"].confmat, t["confusion"])
+    scores = probe.scores.compute()
+    for ours, theirs in {"iou": "iou", "miou": "miou", "accuracy": "overall_accuracy"}.items():
+        torch.testing.assert_close(scores[ours].double(), t[theirs], rtol=1e-6, atol=1e-6)
+
+
+def test_a_class_that_is_nowhere_has_no_iou():
+    metrics = segmentation_scores(4)
+    metrics.update(torch.tensor([0, 0, 1, 3, 3]), torch.tensor([0, 1, 1, 1, IGNORED]))  # nothing is or seems class 2
+    scores = metrics.compute()
+    torch.testing.assert_close(scores["iou"], torch.tensor([1 / 2, 1 / 3, math.nan, 0]), equal_nan=True)
+    torch.testing.assert_close(scores["miou"], torch.tensor((1 / 2 + 1 / 3 + 0) / 3))
+    assert scores["accuracy"] == 0.5
+
+
+def scores_on_rank(rank: int, store: str, parts, expected):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    try:
+        metrics = segmentation_scores(5)
+        for predicted, labels in parts[rank]:
+            metrics.update(predicted, labels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torchmetrics' advice to a rank without updates
+            found = metrics.compute()
+        torch.testing.assert_close(found, expected, equal_nan=True)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.ddp
+@pytest.mark.parametrize("split", [3, 4])
+def test_ranks(tmp_path, split):
+    """The second rank has one scan, or none."""
+    torch.manual_seed(0)
+    scans = [(torch.randint(4, (30,)), torch.randint(4, (30,))) for _ in range(4)]
+    alone = segmentation_scores(5)
+    for predicted, labels in scans:
+        alone.update(predicted, labels)
+    parts = (scans[:split], scans[split:])
+    multiprocessing.spawn(scores_on_rank, (str(tmp_path / "store"), parts, alone.compute()), nprocs=2)
 
 
 def test_loss_without_any_label():
