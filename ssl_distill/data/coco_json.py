@@ -1,9 +1,10 @@
 """COCO's json: images, boxes, polygons and run-length codes."""
 
-import json
+import importlib.util
 import math
+import reprlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +14,12 @@ from jaxtyping import Bool
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from ssl_distill.data.files import read_json
+from ssl_distill.data.images import MOST_PIXELS
+from ssl_distill.data.names import escaped
+
+_FARTHEST = 1e7  # pixels: no picture is so large
 
 ObjectUnit = Literal["instance", "category"]
 Box = tuple[float, float, float, float]
@@ -55,39 +62,65 @@ def read_coco(
     Arguments as in `CocoObjectsData`; `is_there` tells of a path in `images` whether there is such an image.
 
     Raises:
-        ValueError: If the json is no such json, names files that are not there, or has impossible boxes.
+        ValueError: If the json is no such json, names files that are not there, or has impossible boxes or masks.
+        OSError: If it cannot be read.
     """
-    try:
-        content = json.loads(Path(annotations).read_text(encoding="utf-8"))
-        entries, boxes = {each["id"]: each for each in content["images"]}, content["annotations"]
-        sizes = {key: (int(each["height"]), int(each["width"])) for key, each in entries.items()}
-        paths = {key: Path(images) / each["file_name"] for key, each in entries.items()}
-    except (ValueError, KeyError, TypeError) as error:
+    content = read_json(annotations)
+    if not isinstance(content, dict):
         raise ValueError(
-            f"`annotations` {annotations} must be COCO's json with images (id, file_name, height, width) and"
-            f" annotations (image_id, bbox): {type(error).__name__} {error}."
-        ) from error
+            f"{annotations} must be COCO's json, an object with `images` and `annotations`, got {_short(content)}."
+        )
+    entries = _by_id(content, "images", annotations)
+    for key, each in entries.items():
+        _check_image(each, f"{annotations}: image {_short(key)}")
+    sizes = {key: (int(each["height"]), int(each["width"])) for key, each in entries.items()}
+    paths = {key: Path(images) / each["file_name"] for key, each in entries.items()}
     missing = [entries[key]["file_name"] for key, path in paths.items() if not is_there(path)]
     if missing:
         raise ValueError(
             f"`annotations` {annotations} names {len(missing)} of {len(paths)} files that are not in {images}, such as"
-            f" {missing[0]}."
+            f" {escaped(missing[0])}."
         )
-    categories = sorted(content.get("categories", []), key=lambda each: each["id"])
+    by_id = _by_id(content, "categories", annotations) if content.get("categories") else {}
+    for key, each in by_id.items():
+        if not isinstance(each.get("name"), str):
+            raise ValueError(
+                f"{annotations}: `name` of category {_short(key)} must be text, got {_short(each.get('name'))}."
+            )
+    if len({isinstance(key, str) for key in by_id}) > 1:
+        raise ValueError(f"{annotations}: `id` must be a number in all categories or text in all, got both.")
+    categories = [by_id[key] for key in sorted(by_id)]
     number = {each["id"]: label for label, each in enumerate(categories)}
-    kept = [each for each in boxes if not each.get("iscrowd") and each.get("score", math.inf) >= min_score]
+    kept = {}  # by their position among all annotations
+    for position, each in enumerate(_rows(content, "annotations", annotations)):
+        score = each.get("score", math.inf)
+        if not (score == math.inf or _is_number(score)):
+            raise ValueError(
+                f"{annotations}: `score` of annotation {_name(each, position)} must be a number, got {_short(score)}."
+            )
+        if not each.get("iscrowd") and score >= min_score:
+            kept[position] = each
     _check_boxes(kept, sizes, annotations)
+    for position, each in kept.items():
+        category = each.get("category_id")
+        if category is not None and not (_is_id(category) and (category in number or not number)):
+            raise ValueError(
+                f"{annotations}: `category_id` of annotation {_name(each, position)} must be the id of one of its"
+                f" {len(number)} categories, got {_short(category)}."
+            )
+        what = f"{annotations}: mask of annotation {_name(each, position)}"
+        _check_segmentation(each.get("segmentation"), sizes[each["image_id"]], what)
 
     groups: dict[Any, dict[Any, list[CocoObject]]] = defaultdict(lambda: defaultdict(list))
     dropped = []
-    for position, each in enumerate(kept):
+    for position, each in kept.items():
         box = _clip(each["bbox"], *sizes[each["image_id"]])
         if box is None:
-            dropped.append(each.get("id", position))
+            dropped.append(_name(each, position))
             continue
         category = number.get(each.get("category_id"), -1)
         key = category if object_unit == "category" and category >= 0 else f"#{position}"
-        item = CocoObject(box, category, each.get("segmentation") or None, str(each.get("id", position)))
+        item = CocoObject(box, category, each.get("segmentation") or None, _name(each, position))
         groups[each["image_id"]][key].append(item)
     if dropped:
         rank_zero_warn(
@@ -104,18 +137,112 @@ def read_coco(
     return found, tuple(each["name"] for each in categories)
 
 
-def _check_boxes(annotations: Iterable[dict[str, Any]], sizes: dict[Any, tuple[int, int]], source: str) -> None:
+def _rows(content: dict[str, Any], key: str, source: str) -> list[dict[str, Any]]:
+    rows = content.get(key)
+    if not isinstance(rows, list):
+        raise ValueError(f"{source} must be COCO's json with a list `{key}`, got {_short(rows)}.")
+    for position, each in enumerate(rows):
+        if not isinstance(each, dict):
+            raise ValueError(f"{source}: entry {position} of `{key}` must be an object, got {_short(each)}.")
+    return rows
+
+
+def _by_id(content: dict[str, Any], key: str, source: str) -> dict[Any, dict[str, Any]]:
+    entries: dict[Any, dict[str, Any]] = {}
+    for position, each in enumerate(_rows(content, key, source)):
+        if not _is_id(each.get("id")):
+            raise ValueError(
+                f"{source}: `id` of entry {position} of `{key}` must be a number or text, got {_short(each.get('id'))}."
+            )
+        if each["id"] in entries:
+            raise ValueError(f"{source}: `id` {_short(each['id'])} is given twice in `{key}`; each needs its own.")
+        entries[each["id"]] = each
+    return entries
+
+
+def _check_image(entry: dict[str, Any], what: str) -> None:
+    if not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
+        raise ValueError(f"{what} must have a `file_name`, got {_short(entry.get('file_name'))}.")
+    for side in ("height", "width"):
+        if not _is_number(entry.get(side)) or entry[side] < 1 or int(entry[side]) != entry[side]:
+            raise ValueError(f"{what} must have a `{side}` in whole pixels, got {_short(entry.get(side))}.")
+    if entry["height"] * entry["width"] > MOST_PIXELS:
+        raise ValueError(f"{what} must have at most {MOST_PIXELS:,} pixels, got {entry['width']} x {entry['height']}.")
+
+
+def _check_segmentation(segmentation: Any, image_size: tuple[int, int], what: str) -> None:
+    """Refuse what is neither polygons nor a run-length code of the image's size."""
+    if not segmentation:
+        return
+    if isinstance(segmentation, dict):
+        size, counts = segmentation.get("size"), segmentation.get("counts")
+        if not isinstance(size, list) or len(size) != 2 or not all(map(_is_number, size)):
+            raise ValueError(f"{what} must have a `size` of height and width, got {_short(size)}.")
+        if tuple(size) != image_size:
+            raise ValueError(
+                f"{what} must be as large as its image, {image_size[1]} x {image_size[0]}, got {size[1]} x {size[0]}."
+            )
+        if isinstance(counts, list):
+            if not set(map(type, counts)) <= {int} or min(counts, default=0) < 0:
+                raise ValueError(f"{what} must have `counts` of whole numbers from 0 on, got {_short(counts)}.")
+            if sum(counts) != math.prod(image_size):
+                raise ValueError(f"{what} must have {math.prod(image_size)} pixels, got {_short(sum(counts))}.")
+        elif not isinstance(counts, str):
+            raise ValueError(f"{what} must have `counts`, a list or text, got {_short(counts)}.")
+        elif importlib.util.find_spec("pycocotools") is None:
+            raise ValueError(
+                f"{what} is compressed, which needs pycocotools; run `pip install ssl-distill[detection]`."
+            )
+        return
+    if not isinstance(segmentation, list):
+        raise ValueError(f"{what} must be polygons or a run-length code, got {_short(segmentation)}.")
+    for polygon in segmentation:
+        # Types and extremes by the interpreter's own loops: COCO has 40 million such numbers.
+        if (
+            not isinstance(polygon, list)
+            or len(polygon) < 4
+            or len(polygon) % 2
+            or not set(map(type, polygon)) <= {int, float}
+            or not (min(polygon) > -_FARTHEST and max(polygon) < _FARTHEST and -math.inf < sum(polygon) < math.inf)
+        ):
+            raise ValueError(f"{what} must be polygons [x, y, x, y, ...] of finite numbers, got {_short(polygon)}.")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number of a size that a picture can have."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -_FARTHEST < value < _FARTHEST
+
+
+def _is_id(value: Any) -> bool:
+    if isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def _name(annotation: dict[str, Any], position: int) -> str:
+    """What to call an annotation in messages."""
+    return _short(annotation["id"]) if "id" in annotation else f"number {position}"
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value)
+
+
+def _check_boxes(annotations: dict[int, dict[str, Any]], sizes: dict[Any, tuple[int, int]], source: str) -> None:
     """Refuse boxes that are no numbers, belong to no image or are given by two corners."""
     beyond = corners = count = 0
-    for each in annotations:
-        if each.get("image_id") not in sizes:
+    for position, each in annotations.items():
+        image = each.get("image_id")
+        if not _is_id(image) or image not in sizes:
             raise ValueError(
-                f"{source}: annotation {each.get('id')} is of image {each.get('image_id')}, not in images."
+                f"{source}: annotation {_name(each, position)} is of image {_short(image)}, not in images."
             )
-        box = each.get("bbox", ())
-        if len(box) != 4 or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in box):
-            raise ValueError(f"{source}: `bbox` of annotation {each.get('id')} must be 4 finite numbers, got {box}.")
-        height, width = sizes[each["image_id"]]
+        box = each.get("bbox")
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+            raise ValueError(
+                f"{source}: `bbox` of annotation {_name(each, position)} must be 4 finite numbers, got {_short(box)}."
+            )
+        height, width = sizes[image]
         x, y, third, fourth = box
         count += 1
         beyond += x + third > width + 1 or y + fourth > height + 1
@@ -152,7 +279,7 @@ def rasterize(
     """Pixels of an object in its image squashed to `mask_size`; sizes are height and width.
 
     Raises:
-        ValueError: If a run-length code is of an image of another size, or compressed and pycocotools is missing.
+        ValueError: If a compressed run-length code is damaged.
     """
     mask = Image.new("1", mask_size[::-1])
     pen = ImageDraw.Draw(mask)
@@ -173,19 +300,12 @@ def rasterize(
 def _decode(part: CocoObject, image_size: tuple[int, int]) -> np.ndarray:
     """Pixels of a run-length code: lengths of runs of 0 and 1 in turn, column by column."""
     code = part.segmentation
-    if tuple(code["size"]) != image_size:
-        raise ValueError(
-            f"mask of annotation {part.id} must be as large as its image, {image_size[1]} x {image_size[0]}, got"
-            f" {code['size'][1]} x {code['size'][0]}."
-        )
     if isinstance(code["counts"], list):
         values = np.arange(len(code["counts"])) % 2 == 1
-        flat = np.repeat(values, code["counts"])
-        if len(flat) != math.prod(image_size):
-            raise ValueError(f"mask of annotation {part.id} must have {math.prod(image_size)} pixels, got {len(flat)}.")
-        return flat.reshape(image_size[::-1]).T
+        return np.repeat(values, code["counts"]).reshape(image_size[::-1]).T
+    from pycocotools import mask as coco_mask
+
     try:
-        from pycocotools import mask as coco_mask
-    except ImportError as error:
-        raise ValueError("compressed masks need pycocotools; run `pip install ssl-distill[detection]`.") from error
-    return coco_mask.decode({**code, "counts": code["counts"].encode()}).astype(bool)
+        return coco_mask.decode({**code, "counts": code["counts"].encode()}).astype(bool)
+    except Exception as error:  # what it raises on damaged codes has no common type
+        raise ValueError(f"mask of annotation {part.id} is no run-length code: {error}.") from error

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssl_distill.data.batch import LabelledImages, ObjectBatch, source_sizes
 from ssl_distill.data.coco_json import CocoImage, ObjectUnit, bounds, rasterize, read_coco
+from ssl_distill.data.corrupt import OnCorrupt, Replacement, check_on_corrupt
 from ssl_distill.data.images import decode, evaluation_view
 from ssl_distill.data.module import BatchSet, ImageData, ImageParts
 from ssl_distill.data.object_labels import LabelledObjectBatch
@@ -41,6 +42,9 @@ class CocoObjectsData(ImageData):
         bank_size: Most images that evaluators learn from.
         query_size: Most images that evaluators predict.
         seed: Of the order of training images; None is the run's.
+        on_corrupt: "skip" names a picture that cannot be read, or is of another size than its annotations, once, counts
+            it and takes the next image in its place, and stops when more than 10 and 1 % of all are so; "error" stops
+            at the first. Pictures that are missing are an error from the start.
     """
 
     def __init__(
@@ -60,8 +64,10 @@ class CocoObjectsData(ImageData):
         bank_size: int = 10_000,
         query_size: int = 2_000,
         seed: int | None = None,
+        on_corrupt: OnCorrupt = "skip",
     ) -> None:
         super().__init__(batch_size, num_workers, decode_size, eval_size, eval_batch_size, bank_size, query_size, seed)
+        check_on_corrupt(on_corrupt)
         if max_objects < 1:
             raise ValueError(f"`max_objects` must be at least 1, got {max_objects}.")
         if object_unit not in get_args(ObjectUnit):
@@ -79,6 +85,7 @@ class CocoObjectsData(ImageData):
         self.object_unit: ObjectUnit = object_unit
         self.min_score = min_score
         self.max_objects = max_objects
+        self.on_corrupt = on_corrupt
 
     def load(self) -> ImageParts:
         """Read the annotations and check that the images are there."""
@@ -118,8 +125,8 @@ class CocoObjectsData(ImageData):
             found, names = read_coco(annotations, images, self.object_unit, self.min_score)
             source = FileSource([str(image.path) for image in found])
             in_source = range(len(found))
-        files = CocoFiles(found, source, in_source, self.max_objects, self.decode_size, self.eval_size)
-        return files, names
+        sizes = (self.max_objects, self.decode_size, self.eval_size)
+        return CocoFiles(found, source, in_source, *sizes, self.on_corrupt), names
 
 
 class CocoFiles:
@@ -132,6 +139,7 @@ class CocoFiles:
         max_objects: M.
         mask_size: Side of the masks of training images.
         eval_size: Side of evaluation images.
+        on_corrupt: As in `Replacement`.
     """
 
     def __init__(
@@ -142,6 +150,7 @@ class CocoFiles:
         max_objects: int,
         mask_size: int,
         eval_size: int,
+        on_corrupt: OnCorrupt,
     ) -> None:
         self.images = images
         self.source = source
@@ -149,6 +158,7 @@ class CocoFiles:
         self.max_objects = max_objects
         self.mask_size = mask_size
         self.eval_size = eval_size
+        self.replacement = Replacement(len(images), on_corrupt)
 
     def with_objects(self) -> list[int]:
         """Positions of images that have objects."""
@@ -156,37 +166,56 @@ class CocoFiles:
 
     def object_batch(self, positions: Sequence[int]) -> ObjectBatch:
         """Whole images with their objects."""
-        size, most = self.mask_size, self.max_objects
-        boxes = torch.zeros(len(positions), most, 4)
-        masks = torch.zeros(len(positions), most, size, size, dtype=torch.bool)
-        for row, position in enumerate(positions):
-            image = self.images[position]
-            for place, parts in enumerate(image.objects[:most]):
-                scale = torch.tensor([image.width, image.height] * 2)
-                boxes[row, place] = torch.tensor(bounds(parts)) / scale
-                masks[row, place] = rasterize(parts, (image.height, image.width), (size, size))
-        pictures = [self._read(position) for position in positions]
-        counts = torch.tensor([min(len(self.images[i].objects), most) for i in positions])
-        return ObjectBatch(pictures, source_sizes(pictures), torch.as_tensor(positions), boxes, counts, masks)
+        read = (self.replacement.read(position, self._with_masks) for position in positions)
+        samples, used = zip(*read, strict=True)
+        pictures, boxes, masks = zip(*samples, strict=True)
+        counts = torch.tensor([min(len(self.images[i].objects), self.max_objects) for i in used])
+        sizes = source_sizes(pictures)
+        return ObjectBatch(
+            list(pictures), sizes, torch.as_tensor(positions), torch.stack(boxes), counts, torch.stack(masks)
+        )
 
     def labelled_batch(self, positions: Sequence[int]) -> LabelledObjectBatch:
         """Central squares, with the largest object of each."""
-        views, masks = [], []
-        for position in positions:
-            image = self.images[position]
-            views.append(evaluation_view(self._read(position), self.eval_size))
-            whole = (image.height, image.width)
-            pixels = rasterize(image.objects[0], whole, whole).to(torch.uint8) * 255
-            masks.append(evaluation_view(pixels.expand(3, -1, -1), self.eval_size)[0] > 127)
-        labels = torch.tensor([self.images[position].objects[0][0].category for position in positions])
-        return LabelledObjectBatch(torch.stack(views), labels, torch.as_tensor(positions), torch.stack(masks))
+        read = (self.replacement.read(position, self._with_mask, self._has_objects) for position in positions)
+        samples, used = zip(*read, strict=True)
+        views, masks = zip(*samples, strict=True)
+        return LabelledObjectBatch(
+            torch.stack(views), self._labels(used), torch.as_tensor(positions), torch.stack(masks)
+        )
 
     def labelled_images(self, positions: Sequence[int]) -> LabelledImages:
         """Whole images, with the class of the largest object of each."""
-        labels = torch.tensor([self.images[position].objects[0][0].category for position in positions])
-        return LabelledImages([self._read(position) for position in positions], labels, torch.as_tensor(positions))
+        read = (self.replacement.read(position, self._pixels, self._has_objects) for position in positions)
+        pictures, used = zip(*read, strict=True)
+        return LabelledImages(list(pictures), self._labels(used), torch.as_tensor(positions))
 
-    def _read(self, position: int) -> Tensor:
+    def _has_objects(self, position: int) -> bool:
+        return bool(self.images[position].objects)
+
+    def _labels(self, positions: Sequence[int]) -> Tensor:
+        return torch.tensor([self.images[position].objects[0][0].category for position in positions])
+
+    def _with_masks(self, position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A whole image, and boxes and masks of its objects."""
+        image, pixels = self.images[position], self._pixels(position)
+        boxes = torch.zeros(self.max_objects, 4)
+        masks = torch.zeros(self.max_objects, self.mask_size, self.mask_size, dtype=torch.bool)
+        scale = torch.tensor([image.width, image.height] * 2)
+        for place, parts in enumerate(image.objects[: self.max_objects]):
+            boxes[place] = torch.tensor(bounds(parts)) / scale
+            masks[place] = rasterize(parts, (image.height, image.width), (self.mask_size, self.mask_size))
+        return pixels, boxes, masks
+
+    def _with_mask(self, position: int) -> tuple[Tensor, Tensor]:
+        """The central square of an image, and of the mask of its largest object."""
+        image, pixels = self.images[position], self._pixels(position)
+        whole = (image.height, image.width)
+        mask = rasterize(image.objects[0], whole, whole).to(torch.uint8) * 255
+        mask = evaluation_view(mask.expand(3, -1, -1), self.eval_size)[0] > 127
+        return evaluation_view(pixels, self.eval_size), mask
+
+    def _pixels(self, position: int) -> Tensor:
         image, place = self.images[position], self.in_source[position]
         where = self.source.where(place)
         pixels = decode(self.source.read(place), where)

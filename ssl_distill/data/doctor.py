@@ -1,18 +1,17 @@
 """Is a folder of images fit to be trained on?"""
 
 import hashlib
-import io
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader
 
 from ssl_distill.data.image_paths import in_class_order, list_images, with_classes
-from ssl_distill.data.images import decode
+from ssl_distill.data.images import decode, open_image
+from ssl_distill.data.names import escaped
 from ssl_distill.data.sources import FoundImage, ImageSource
 
 Problem = Literal["empty", "truncated", "corrupt", "tiny", "duplicate", "odd mode", "wrong suffix"]
@@ -20,7 +19,7 @@ Problem = Literal["empty", "truncated", "corrupt", "tiny", "duplicate", "odd mod
 _TEXTS: dict[Problem, str] = {
     "empty": "no bytes at all",
     "truncated": "the file ends too early",
-    "corrupt": "no image, or damaged",
+    "corrupt": "no image, damaged, or of too many pixels",
     "tiny": "shorter side below {min_size} px",
     "duplicate": "the same bytes as a file before",
     "odd mode": "neither RGB nor grey; read as RGB all the same",
@@ -108,8 +107,8 @@ def examine(root: Path, min_size: int = 32, num_workers: int = 0) -> Diagnosis:
             sides.append(min(seen.size))
             first = first_with.setdefault(seen.digest, file)
             if first is not file:
-                other_class = f", which is in class {first.label}" if first.label != file.label else ""
-                findings.append(Finding(file, "duplicate", f"of {first.inner_path}{other_class}"))
+                other_class = f", which is in class {escaped(str(first.label))}" if first.label != file.label else ""
+                findings.append(Finding(file, "duplicate", f"of {escaped(first.inner_path)}{other_class}"))
     classes = Counter(file.label for file in with_classes(found, "root", root, "auto"))
     names = in_class_order({name for name in classes if name is not None})
     extremes = (min(sides), int(median(sides)), max(sides)) if sides else (0, 0, 0)
@@ -121,11 +120,11 @@ def diagnosis_table(root: Path, diagnosis: Diagnosis, min_size: int) -> str:
     by_problem: dict[Problem, list[Finding]] = defaultdict(list)
     for finding in diagnosis.findings:
         by_problem[finding.problem].append(finding)
-    lines = [f"{root}: {diagnosis.num_files:,} images, {diagnosis.num_bytes / 1e6:,.1f} MB", ""]
+    lines = [f"{escaped(str(root))}: {diagnosis.num_files:,} images, {diagnosis.num_bytes / 1e6:,.1f} MB", ""]
     for problem, text in _TEXTS.items():
         examples = by_problem.get(problem, [])
         lines.append(f"  {problem:<14}{len(examples):>8,}   {text.format(min_size=min_size)}")
-        lines += (f"{'':<28}{each.file.inner_path}: {each.detail}" for each in examples[:_EXAMPLES])
+        lines += (f"{'':<28}{escaped(each.file.inner_path)}: {each.detail}" for each in examples[:_EXAMPLES])
         if len(examples) > _EXAMPLES:
             lines.append(f"{'':<28}and {len(examples) - _EXAMPLES:,} more")
     return "\n".join([*lines, "", *_summary(diagnosis)])
@@ -135,7 +134,8 @@ def _summary(diagnosis: Diagnosis) -> Iterator[str]:
     if classes := diagnosis.classes:
         least, most = (choose(classes, key=classes.__getitem__) for choose in (min, max))
         yield (
-            f"classes         {len(classes):,}, with {classes[least]:,} ({least}) to {classes[most]:,} ({most}) images,"
+            f"classes         {len(classes):,}, with {classes[least]:,} ({escaped(least)}) to {classes[most]:,}"
+            f" ({escaped(most)}) images,"
             f" median {median(classes.values()):,.0f}"
         )
     else:
@@ -150,16 +150,18 @@ def inspect(content: bytes, name: str) -> Inspection:
     if not content:
         return known._replace(problem="empty", message="0 bytes")
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(content, name) as image:
             known = known._replace(size=image.size, mode=image.mode, kind=image.format or "")
         decode(content, name)
-    except UnidentifiedImageError:
-        return known._replace(problem="corrupt", message="no image of a known format")
-    except Exception as error:  # decoders raise what they like, PIL on a bomb too
-        message = " ".join(str(error).removeprefix(f"cannot read {name}: ").split())
+    except OSError as error:
+        message = _without_name(error, name)
         is_short = any(word in message.lower() for word in ("truncated", "incomplete", "premature"))
         return known._replace(problem="truncated" if is_short else "corrupt", message=message)
     return known
+
+
+def _without_name(error: OSError, name: str) -> str:
+    return " ".join(str(error).removeprefix(f"cannot read {name}: ").split())
 
 
 class _Inspections:
@@ -177,7 +179,9 @@ class _Inspections:
         try:
             content = self.source.read(position)
         except OSError as error:
-            return Inspection(0, "", problem="corrupt", message=str(error.strerror))
+            return Inspection(
+                0, "", problem="corrupt", message=error.strerror or _without_name(error, self.source.where(position))
+            )
         return inspect(content, self.source.where(position))
 
 

@@ -1,6 +1,8 @@
 """Fashion-MNIST: 70,000 photographs of garments, 28 x 28 pixels, grey."""
 
 import gzip
+import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torchvision import datasets
 
+from ssl_distill.data.files import read_bytes
 from ssl_distill.data.memory import MemoryImages
 from ssl_distill.data.module import BatchSet, ImageData, ImageParts
 from ssl_distill.draws import Draws
@@ -97,6 +100,16 @@ class FashionMNISTData(ImageData):
         folder = self._folder()
         images = _read_idx(folder / f"{part}-images-idx3-ubyte")
         labels = _read_idx(folder / f"{part}-labels-idx1-ubyte")
+        if images.ndim != 3 or not min(images.shape) >= 1 or max(images.shape[1:]) > SIZE:
+            raise ValueError(
+                f"{folder}/{part}-images-idx3-ubyte[.gz] must hold images of at most {SIZE} x {SIZE} pixels, got shape"
+                f" {tuple(images.shape)}."
+            )
+        if labels.shape != images.shape[:1] or labels.max() >= len(CLASS_NAMES):
+            raise ValueError(
+                f"{folder}/{part}-labels-idx1-ubyte[.gz] must hold a class from 0 to {len(CLASS_NAMES) - 1} for each of"
+                f" {len(images)} images, got shape {tuple(labels.shape)} with classes up to {labels.max()}."
+            )
         index = torch.arange(len(images))
         shift = Draws(self.seed, 0).uniform(index, stream, 2) * (2 * self.max_shift + 1)
         return MemoryImages(_place(images, shift.long() - self.max_shift)[:, None], labels.long())
@@ -117,8 +130,12 @@ def _read_idx(path: Path) -> UInt8[Tensor, "..."]:
     """Bytes in the IDX format, gzipped or not: 0, 0, type (8: bytes), dimensions, their sizes, data."""
     packed = path.with_name(f"{path.name}.gz")
     try:
-        data = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
+        data = gzip.decompress(read_bytes(packed)) if packed.exists() else read_bytes(path)
+        if data[:3] != b"\0\0\x08":
+            raise ValueError(f"it begins with {data[:3]!r}, not with 0, 0, 8 as bytes in that format do")
         shape = np.frombuffer(data, ">u4", count=data[3], offset=4).tolist()
+        if len(data) != 4 + 4 * len(shape) + math.prod(shape):
+            raise ValueError(f"it has {len(data)} bytes, which does not fit its shape {shape}")
         return torch.frombuffer(bytearray(data[4 + 4 * len(shape) :]), dtype=torch.uint8).view(shape)
-    except (OSError, EOFError, ValueError, IndexError, RuntimeError) as error:
+    except (OSError, EOFError, ValueError, IndexError, RuntimeError, zlib.error) as error:
         raise ValueError(f"cannot read {path}[.gz] as an IDX file: {error}.") from error

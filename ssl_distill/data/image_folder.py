@@ -1,10 +1,8 @@
 """A folder of pictures, a list of files, or shards."""
 
-import logging
 import zlib
 from collections.abc import Sequence
-from itertools import chain
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -12,16 +10,11 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ssl_distill.data.batch import ImageBatch, LabelledBatch, LabelledImages, source_sizes
+from ssl_distill.data.corrupt import OnCorrupt, Replacement, check_on_corrupt
 from ssl_distill.data.image_paths import Labels, check_root, find_images, in_class_order
 from ssl_distill.data.images import decode, evaluation_view
 from ssl_distill.data.module import BatchSet, ImageData, ImageParts
 from ssl_distill.data.sources import FoundImage, ImageSource
-
-log = logging.getLogger(__name__)
-
-OnCorrupt = Literal["skip", "error"]
-
-_TOLERATED = 10  # unreadable files that also a small folder may have
 
 
 class ImageFolderData(ImageData):
@@ -71,12 +64,9 @@ class ImageFolderData(ImageData):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, decode_size, eval_size, eval_batch_size, bank_size, query_size, seed)
-        for name, value, allowed in (
-            ("labels", labels, get_args(Labels)),
-            ("on_corrupt", on_corrupt, get_args(OnCorrupt)),
-        ):
-            if value not in allowed:
-                raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {value}.")
+        if labels not in get_args(Labels):
+            raise ValueError(f"`labels` must be one of {', '.join(get_args(Labels))}, got {labels}.")
+        check_on_corrupt(on_corrupt)
         self.root = check_root("root", root)
         self.val_root = None if val_root is None else check_root("val_root", val_root)
         self.labels = labels
@@ -129,7 +119,7 @@ class ImageFiles:
         in_source: Position of each file there.
         labels: Class of each file, or -1.
         eval_size: Side of evaluation images.
-        on_corrupt: "skip" names and counts an unreadable file and reads the next one in its place; "error" stops.
+        on_corrupt: As in `Replacement`.
     """
 
     def __init__(
@@ -144,8 +134,7 @@ class ImageFiles:
         self.in_source = torch.tensor(in_source)
         self.labels = torch.tensor(labels)
         self.eval_size = eval_size
-        self.on_corrupt = on_corrupt
-        self.corrupt = torch.zeros(len(in_source), dtype=torch.bool).share_memory_()  # one for all loader processes
+        self.replacement = Replacement(len(in_source), on_corrupt)
 
     def image_batch(self, positions: Sequence[int]) -> ImageBatch:
         """Whole images."""
@@ -168,30 +157,14 @@ class ImageFiles:
 
     def _read(self, position: int) -> tuple[Tensor, int]:
         """The image at this position, or else the next readable one; and its position."""
-        for used in chain(range(position, len(self.in_source)), range(position)):
-            if not self.corrupt[used]:
-                place = int(self.in_source[used])
-                try:
-                    return decode(self.source.read(place), self.source.where(place)), used
-                except OSError as error:
-                    self._note_corrupt(used, error)
-        raise OSError(
-            f"none of {len(self.in_source)} files can be read, such as {self.source.where(int(self.in_source[0]))}."
-        )
+        return self.replacement.read(position, self._decode)
 
-    def _note_corrupt(self, position: int, error: OSError) -> None:
-        if self.on_corrupt == "error":
-            raise OSError(f"{error}; remove the file or set `on_corrupt` to skip.") from error
-        self.corrupt[position] = True
-        count = int(self.corrupt.sum())
-        log.warning("corrupt file %d of %d, replaced by the next: %s", count, len(self.in_source), error)
-        if count > max(_TOLERATED, len(self.in_source) // 100):
-            raise OSError(
-                f"{count} of {len(self.in_source)} files are corrupt, more than 1 %, the last: {error}."
-            ) from error
+    def _decode(self, position: int) -> Tensor:
+        place = int(self.in_source[position])
+        return decode(self.source.read(place), self.source.where(place))
 
 
 def _hash_order(found: Sequence[FoundImage]) -> list[int]:
     """Positions in an order that looks random, and in which files keep their places when others come."""
-    keys = [(zlib.crc32(file.inner_path.encode()), file.inner_path) for file in found]
+    keys = [(zlib.crc32(file.inner_path.encode(errors="surrogateescape")), file.inner_path) for file in found]
     return sorted(range(len(found)), key=keys.__getitem__)

@@ -1,5 +1,6 @@
 """Which images a folder, a list or shards hold, and their classes."""
 
+import heapq
 import os
 import re
 from collections.abc import Iterator
@@ -8,7 +9,9 @@ from typing import Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from ssl_distill.data.files import check_regular
 from ssl_distill.data.images import SUFFIXES
+from ssl_distill.data.names import escaped
 from ssl_distill.data.quarantine import read_quarantine
 from ssl_distill.data.sources import FileSource, FoundImage, ImageSource, open_packed
 
@@ -103,22 +106,61 @@ _Row = tuple[str, str | None, str]
 
 def _in_folder(root: Path) -> Iterator[_Row]:
     """Images in all folders, hidden ones left out, in the order of their paths."""
-
-    def stop(error: OSError) -> None:
-        raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}.") from error
-
-    for folder, subfolders, names in os.walk(root, onerror=stop, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        inner = Path(folder).relative_to(root).parts
-        label = inner[0] if inner else None
+    for inner, names in sorted(_names_by_folder(root).items()):
         for name in sorted(names):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield os.path.join(folder, name), label, "/".join((*inner, name))
+            yield os.path.join(root, *inner, name), inner[0] if inner else None, "/".join((*inner, name))
+
+
+def _names_by_folder(root: Path) -> dict[tuple[str, ...], list[str]]:
+    """Names of images by the parts of their folder's path in `root`, of every real folder once.
+
+    Links to folders are followed after all others, the highest first, so that a folder that a link leads to as well
+    keeps its own path, and a link that leads back to where it lies adds nothing.
+    """
+    names: dict[tuple[str, ...], list[str]] = {}
+    seen: set[tuple[int, int]] = set()
+    again: list[tuple[str, ...]] = []
+    folders: list[tuple[str, ...]] = [()]
+    links: list[tuple[int, tuple[str, ...]]] = []  # a heap, by their depth
+    while folders or links:
+        inner = folders.pop() if folders else heapq.heappop(links)[1]
+        try:
+            status = os.stat(root.joinpath(*inner))
+            if (status.st_dev, status.st_ino) in seen:
+                again.append(inner)
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(root.joinpath(*inner)) as entries:
+                found = [entry for entry in entries if not entry.name.startswith(".")]
+        except OSError as error:
+            raise ValueError(f"cannot read the folder {escaped(str(error.filename))}: {error.strerror}.") from error
+        for entry in found:
+            if not _is_folder(entry):
+                if entry.name.lower().endswith(SUFFIXES):
+                    names.setdefault(inner, []).append(entry.name)
+            elif entry.is_symlink():
+                heapq.heappush(links, (len(inner), (*inner, entry.name)))
+            else:
+                folders.append((*inner, entry.name))
+    if again:
+        rank_zero_warn(
+            f"{len(again)} links in {escaped(str(root))} lead to folders that are read already, such as"
+            f" {escaped('/'.join(min(again)))}: left out."
+        )
+    return names
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, which reading names
+        return False
 
 
 def _in_list(file: Path) -> Iterator[_Row]:
     """Rows of a list; the first may be a heading."""
-    with file.open(encoding="utf-8-sig") as rows:
+    check_regular(file)
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as rows:
         for number, row in enumerate(rows):
             match = _LIST_ROW.fullmatch(row.strip())
             if match:

@@ -1,11 +1,13 @@
 """Files that `ssl-distill doctor` found unfit, which loaders leave out."""
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from ssl_distill.cache import cache_folder
 from ssl_distill.callbacks.atomic import replacing
+from ssl_distill.data.names import escaped, unescaped
 
 _HEADING = "# Files that loaders leave out: path, tab, reason. Written by `ssl-distill doctor`, which replaces it.\n"
 
@@ -13,7 +15,7 @@ _HEADING = "# Files that loaders leave out: path, tab, reason. Written by `ssl-d
 def quarantine_files(root: Path) -> list[Path]:
     """Where the list of a folder, or of a list of files, may be: beside the data, else in the user's cache."""
     beside = root / "quarantine.txt" if root.is_dir() else root.with_suffix(".quarantine.txt")
-    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
+    name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
     return [beside, cache_folder() / "quarantine" / f"{name}.txt"]
 
 
@@ -21,9 +23,9 @@ def read_quarantine(root: Path) -> tuple[dict[str, str], Path | None]:
     """Reasons by path inside `root`, and the file that says so; none where there is no list."""
     for path in quarantine_files(root):
         if path.is_file():
-            lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+            lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
             rows = [line.partition("\t") for line in lines if line and not line.startswith("#")]
-            return {name: reason for name, _, reason in rows}, path
+            return {unescaped(name): unescaped(reason) for name, _, reason in rows}, path
     return {}, None
 
 
@@ -38,7 +40,7 @@ def write_quarantine(root: Path, reasons: Mapping[str, str]) -> Path | None:
         for path in files:
             path.unlink(missing_ok=True)
         return None
-    text = _HEADING + "".join(f"{name}\t{reason}\n" for name, reason in sorted(reasons.items()))
+    text = _HEADING + "".join(f"{_cell(name)}\t{_cell(reason)}\n" for name, reason in sorted(reasons.items()))
     for path in files:
         try:
             with replacing(path) as temporary:
@@ -48,3 +50,8 @@ def write_quarantine(root: Path, reasons: Mapping[str, str]) -> Path | None:
             if path == files[-1]:
                 raise
     raise AssertionError("there are two places")
+
+
+def _cell(text: str) -> str:
+    """Text that is no comment, and holds neither tab nor line break."""
+    return escaped(text).replace("#", r"\x23", 1) if text.startswith("#") else escaped(text)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssl_distill.data.coco_json import rasterize, read_coco
+from ssl_distill.data.corrupt import OnCorrupt, Replacement
 from ssl_distill.data.images import read_image
 from ssl_distill.data.loader_process import outlive_requests
 from ssl_distill.data.shapes import SHAPES, ShapesData
@@ -57,6 +58,7 @@ class CocoBoxes(Dataset):
     Args:
         images: Folder of the images.
         annotations: The json file.
+        on_corrupt: As in `CocoObjectsData`.
 
     Attributes:
         class_names: Names of the classes; label 0 is the background.
@@ -65,25 +67,34 @@ class CocoBoxes(Dataset):
         ValueError: If the json is not in COCO's format, or objects have no category.
     """
 
-    def __init__(self, images: str | Path, annotations: str | Path) -> None:
+    def __init__(self, images: str | Path, annotations: str | Path, on_corrupt: OnCorrupt = "skip") -> None:
         if not Path(annotations).is_file():
             raise ValueError(f"`annotations` {annotations} does not exist; give a json in COCO's format.")
         self._images, names = read_coco(str(annotations), str(images))
         if any(part.category < 0 for image in self._images for (part,) in image.objects):
             raise ValueError(f"`annotations` {annotations} must give every object a `category_id` of its categories.")
         self.class_names = ("background", *names)
+        self.replacement = Replacement(len(self._images), on_corrupt)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, item: int) -> Example:
+        return self.replacement.read(item, self._read)[0]
+
+    def _read(self, item: int) -> Example:
         image = self._images[item]
         size = (image.height, image.width)
+        pixels = read_image(image.path)
+        if pixels.shape[1:] != size:
+            raise ValueError(
+                f"{image.path} is {pixels.shape[2]} x {pixels.shape[1]} pixels, not {size[1]} x {size[0]}."
+            )
         boxes = torch.tensor([part.box_xyxy for (part,) in image.objects], dtype=torch.float32).view(-1, 4)
         labels = torch.tensor([part.category + 1 for (part,) in image.objects], dtype=torch.long)
         masks = [rasterize(parts, size, size).byte() for parts in image.objects]
         masks_of_all = torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8)
-        return read_image(image.path) / 255, {"boxes": boxes, "labels": labels, "masks": masks_of_all}
+        return pixels / 255, {"boxes": boxes, "labels": labels, "masks": masks_of_all}
 
 
 class DetectionData(LightningDataModule):

@@ -1,6 +1,5 @@
 """What all lidar data modules share: training samples, exact resume, whole scans for evaluation."""
 
-import logging
 from abc import abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
+from ssl_distill.data.corrupt import OnCorrupt, Replacement, Useless, check_on_corrupt
 from ssl_distill.data.module import EvaluatedData
 from ssl_distill.data.resume import resumed
 from ssl_distill.data.sampler import EpochSampler
@@ -19,8 +19,6 @@ from ssl_distill.draws import Draws
 from ssl_distill.lidar.frames import Frames
 from ssl_distill.lidar.preparation import Preparation
 from ssl_distill.lidar.samples import PairedSamples, Samples, evaluation_scan, join_scans, sample_draws
-
-log = logging.getLogger(__name__)
 
 
 class LidarParts(NamedTuple):
@@ -52,21 +50,29 @@ def spread(frames: Frames, count: int) -> Frames:
 class TrainingSet:
     """Samples by number of epoch and frame: item `epoch * len(frames) + position`.
 
-    A frame that shows nothing to its cameras is replaced by the next, named and counted.
+    A frame that cannot be read, or that shows nothing to its cameras, is replaced by the next, named and counted.
 
     Args:
         frames: What is trained on.
         samples: How a frame becomes a sample.
         preparation: Sizes.
         seed: With epoch and position it decides every random number.
+        on_corrupt: As in `Replacement`.
     """
 
-    def __init__(self, frames: Frames, samples: Samples, preparation: Preparation, seed: int) -> None:
+    def __init__(
+        self,
+        frames: Frames,
+        samples: Samples,
+        preparation: Preparation,
+        seed: int,
+        on_corrupt: OnCorrupt = "skip",
+    ) -> None:
         self.frames = frames
         self.samples = samples
         self.preparation = preparation
         self.seed = seed
-        self.num_replaced = torch.zeros(1, dtype=torch.long).share_memory_()  # one for all loader processes
+        self.replacement = Replacement(len(frames), on_corrupt, "frames")
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -74,40 +80,44 @@ class TrainingSet:
     def __getitem__(self, item: int) -> Any:
         """A batch of one."""
         epoch, asked_for = divmod(item, len(self.frames))
-        for position in (*range(asked_for, len(self.frames)), *range(asked_for)):
-            frame = self.frames[position]
-            draws = sample_draws(Draws(self.seed, epoch), position)
-            sample = self.samples.sample(frame, position, draws, self.preparation)
-            if sample is not None:
-                return sample
-            self.num_replaced += 1
-            log.warning(
-                "frame %s has nothing to train on and is replaced by the next (%d so far)",
-                frame.frame_id,
-                int(self.num_replaced),
+        return self.replacement.read(asked_for, lambda position: self._sample(epoch, position))[0]
+
+    def _sample(self, epoch: int, position: int) -> Any:
+        frame = self.frames[position]
+        sample = self.samples.sample(frame, position, sample_draws(Draws(self.seed, epoch), position), self.preparation)
+        if sample is None:
+            raise Useless(
+                f"frame {frame.frame_id} has nothing to train on: no picture with calibration, or no point in the field"
+                f" of view {self.preparation.fov_min} to {self.preparation.fov_max}, in metres around the lidar"
             )
-        raise ValueError(
-            f"none of {len(self.frames)} frames has points to train on; are there pictures with calibration, and is the"
-            f" field of view {self.preparation.fov_min} to {self.preparation.fov_max} in metres around the lidar?"
-        )
+        return sample
 
     def __getitems__(self, items: Sequence[int]) -> Any:
         return self.samples.join([self[item] for item in items])
 
 
 class EvaluationSet:
-    """Whole scans by position, and batches of them."""
+    """Whole scans by position, and batches of them; one that cannot be read is replaced by the next.
 
-    def __init__(self, frames: Frames, preparation: Preparation) -> None:
+    Args:
+        frames: What is evaluated.
+        preparation: Sizes.
+        on_corrupt: As in `Replacement`.
+    """
+
+    def __init__(self, frames: Frames, preparation: Preparation, on_corrupt: OnCorrupt = "skip") -> None:
         self.frames = frames
         self.preparation = preparation
+        self.replacement = Replacement(len(frames), on_corrupt, "frames")
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def __getitem__(self, position: int) -> Any:
         """A batch of one."""
-        return evaluation_scan(self.frames[position], position, self.preparation)
+        return self.replacement.read(
+            position, lambda used: evaluation_scan(self.frames[used], position, self.preparation)
+        )[0]
 
     def __getitems__(self, positions: Sequence[int]) -> Any:
         return join_scans([self[position] for position in positions])
@@ -129,6 +139,8 @@ class LidarData(EvaluatedData):
         bank_size: Most scans that a method's probe learns from.
         query_size: Most scans that are predicted.
         seed: Of everything random; None is the run's.
+        on_corrupt: "skip" names a frame once of which a file cannot be read, counts it and takes the next in its place,
+            and stops when more than 10 frames and 1 % of all are unreadable; "error" stops at the first.
 
     Attributes:
         class_names: In the order of labels.
@@ -146,8 +158,11 @@ class LidarData(EvaluatedData):
         bank_size: int,
         query_size: int,
         seed: int | None,
+        on_corrupt: OnCorrupt = "skip",
     ) -> None:
         super().__init__(batch_size, num_workers, eval_batch_size, bank_size, query_size, seed)
+        check_on_corrupt(on_corrupt)
+        self.on_corrupt = on_corrupt
         self.samples = samples or PairedSamples()
         self.preparation = preparation or Preparation()
         self._parts: LidarParts | None = None
@@ -182,7 +197,7 @@ class LidarData(EvaluatedData):
 
     def training_set(self) -> TrainingSet:
         """All training samples of all epochs."""
-        return TrainingSet(self.parts.train, self.samples, self.preparation, self.seed)
+        return TrainingSet(self.parts.train, self.samples, self.preparation, self.seed, self.on_corrupt)
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled samples; of a restored run, those that were not trained on yet."""
@@ -195,7 +210,7 @@ class LidarData(EvaluatedData):
         loaders = []
         for frames in parts:
             if frames is not None:
-                dataset = EvaluationSet(frames, self.preparation)
+                dataset = EvaluationSet(frames, self.preparation, self.on_corrupt)
                 sampler = UnrepeatedDistributedSampler(dataset, world_size(), rank(), shuffle=False)
                 loaders.append(self._loader(dataset, self.eval_batch_size, sampler))
         return loaders
@@ -245,6 +260,7 @@ class MixedLidarData(LidarData):
         bank_size: Most scans that a method's probe learns from.
         query_size: Most scans that are predicted.
         seed: Of everything random; None is the run's.
+        on_corrupt: As in `LidarData`.
     """
 
     def __init__(
@@ -258,8 +274,10 @@ class MixedLidarData(LidarData):
         bank_size: int = 200,
         query_size: int = 10_000,
         seed: int | None = None,
+        on_corrupt: OnCorrupt = "skip",
     ) -> None:
-        super().__init__(samples, preparation, batch_size, num_workers, eval_batch_size, bank_size, query_size, seed)
+        sizes = (batch_size, num_workers, eval_batch_size, bank_size, query_size)
+        super().__init__(samples, preparation, *sizes, seed, on_corrupt)
         if not members:
             raise ValueError("`members` must be one or more data sets, got none.")
         self.members = members

@@ -1,5 +1,6 @@
 """KITTI and SemanticKITTI as data modules."""
 
+from ssl_distill.data.corrupt import OnCorrupt
 from ssl_distill.lidar.data import LidarData, LidarParts
 from ssl_distill.lidar.preparation import Preparation
 from ssl_distill.lidar.samples import Samples
@@ -22,6 +23,7 @@ class SemanticKITTIData(LidarData):
         bank_size: Most scans that a method's probe learns from.
         query_size: Most scans that are predicted; all, by default.
         seed: Of everything random; None is the run's.
+        on_corrupt: As in `LidarData`.
     """
 
     def __init__(
@@ -38,8 +40,10 @@ class SemanticKITTIData(LidarData):
         bank_size: int = 200,
         query_size: int = 10_000,
         seed: int | None = None,
+        on_corrupt: OnCorrupt = "skip",
     ) -> None:
-        super().__init__(samples, preparation, batch_size, num_workers, eval_batch_size, bank_size, query_size, seed)
+        sizes = (batch_size, num_workers, eval_batch_size, bank_size, query_size)
+        super().__init__(samples, preparation, *sizes, seed, on_corrupt)
         self.root = root
         self.train_every = train_every
         self.train_sequences = train_sequences
@@ -64,6 +68,7 @@ class KITTIObjectData(LidarData):
         batch_size: Training clouds per rank.
         num_workers: Loader processes.
         seed: Of everything random; None is the run's.
+        on_corrupt: As in `LidarData`.
     """
 
     def __init__(
@@ -74,8 +79,9 @@ class KITTIObjectData(LidarData):
         batch_size: int = 8,
         num_workers: int = 4,
         seed: int | None = None,
+        on_corrupt: OnCorrupt = "skip",
     ) -> None:
-        super().__init__(samples, preparation, batch_size, num_workers, 1, 1, 1, seed)
+        super().__init__(samples, preparation, batch_size, num_workers, 1, 1, 1, seed, on_corrupt)
         self.root = root
 
     def load(self) -> LidarParts:

@@ -1,8 +1,8 @@
 """nuScenes, from its JSON tables; its devkit is not needed."""
 
-import json
 import os
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ssl_distill.cache import Arrays, cached
+from ssl_distill.data.files import read_json
 from ssl_distill.lidar.files import NUSCENES_COLUMNS, label_table, read_labels, read_points
 from ssl_distill.lidar.frames import Camera, LidarCameraFrame, Sensor
 from ssl_distill.lidar.projection import inverse_pose, pose
@@ -43,7 +44,29 @@ MINI_SCENES = {
     "val": ("0103", "0916"),
 }
 _LIDAR = "LIDAR_TOP"
-_TABLES = ("scene", "sample", "sample_data", "calibrated_sensor", "ego_pose", "sensor")
+_TABLES = {  # what is read of each, and what it must be
+    "scene": {"token": "text", "name": "text"},
+    "sample": {"token": "text", "scene_token": "text", "timestamp": "a number"},
+    "sample_data": {
+        "token": "text",
+        "sample_token": "text",
+        "ego_pose_token": "text",
+        "calibrated_sensor_token": "text",
+        "filename": "text",
+        "is_key_frame": "true or false",
+    },
+    "calibrated_sensor": {
+        "token": "text",
+        "sensor_token": "text",
+        "rotation": "4 numbers",
+        "translation": "3 numbers",
+        "camera_intrinsic": "3 x 3 numbers, or none",
+    },
+    "ego_pose": {"token": "text", "rotation": "4 numbers", "translation": "3 numbers"},
+    "sensor": {"token": "text", "channel": "text", "modality": "text"},
+}
+_OPTIONAL_TABLES = {"lidarseg": {"sample_data_token": "text", "filename": "text"}, "category": {"name": "text"}}
+_LARGEST = 1e16  # number in a table: metres, pixels, or a time in microseconds
 _FRAME_COLUMNS = ("token", "scene", "lidar", "lidarseg", "image", "cam_from_lidar", "intrinsics")
 _INDEX_FORMAT = 1
 
@@ -133,7 +156,18 @@ def scene_names(split: str, version: str, scene_list: str | Path | None = None) 
 
 
 def _read_tables(folder: Path) -> Arrays:
-    """Columns with a row per key frame, in the order of scene and time; and the table of labels."""
+    """Columns with a row per key frame, in the order of scene and time; and the table of labels.
+
+    Raises:
+        ValueError: If a table is missing or damaged, or names what another has not.
+    """
+    try:
+        return _joined(folder)
+    except KeyError as error:
+        raise ValueError(f"a table in {folder} refers to {error}, which is in no other; copy them again.") from error
+
+
+def _joined(folder: Path) -> Arrays:
     scene, sample, sample_data, calibration, ego_pose, sensor = (_read(folder, name) for name in _TABLES)
     scene_name = {row["token"]: row["name"] for row in scene}
     modality = {row["token"]: (row["channel"], row["modality"]) for row in sensor}
@@ -146,7 +180,7 @@ def _read_tables(folder: Path) -> Arrays:
     needed = {row["ego_pose_token"] for channels in key_frames.values() for row in channels.values()}
     ego = {row["token"]: row for row in ego_pose if row["token"] in needed}
     channels = sorted(channel for channel, kind in modality.values() if kind == "camera")
-    lidarseg = {row["sample_data_token"]: row["filename"] for row in _read(folder, "lidarseg", optional=True)}
+    lidarseg = {row["sample_data_token"]: row["filename"] for row in _read(folder, "lidarseg")}
 
     def global_from_sensor(row: dict[str, Any]) -> Float[np.ndarray, "4 4"]:
         there, mounted = ego[row["ego_pose_token"]], calibrated[row["calibrated_sensor_token"]]
@@ -169,27 +203,81 @@ def _read_tables(folder: Path) -> Arrays:
                 "image": [camera["filename"] for camera in cameras],
                 # Order matters: two poses of the car, some 50 ms apart, between the two sensors.
                 "cam_from_lidar": [inverse_pose(global_from_sensor(camera)) @ lidar_pose for camera in cameras],
-                "intrinsics": [calibrated[camera["calibrated_sensor_token"]]["camera_intrinsic"] for camera in cameras],
+                "intrinsics": [
+                    _intrinsics(folder, calibrated[camera["calibrated_sensor_token"]]) for camera in cameras
+                ],
             }
         )
+    if not rows:
+        raise ValueError(f"`root` must hold nuScenes, but {folder / 'sample.json'} has no samples.")
     columns = {name: np.array([row[name] for row in rows]) for name in _FRAME_COLUMNS}
     return {**columns, "channel": np.array(channels), "label_table": _category_table(folder)}
 
 
 def _category_table(folder: Path) -> Int[np.ndarray, "V"]:
     """By name of category, never by a fixed number: releases number them differently."""
-    number = {row["name"]: row["index"] for row in _read(folder, "category", optional=True) if "index" in row}
+    number = {row["name"]: row["index"] for row in _read(folder, "category") if "index" in row}
+    wrong = [name for name, index in number.items() if type(index) is not int or not 0 <= index < 2**16]
+    if wrong:
+        raise ValueError(
+            f"{folder / 'category.json'}: `index` of {wrong[0]} must be a whole number from 0 to 65535, got"
+            f" {reprlib.repr(number[wrong[0]])}."
+        )
     return label_table([[number[name] for name in names if name in number] for names in CLASSES.values()])
 
 
-def _read(folder: Path, table: str, optional: bool = False) -> list[dict[str, Any]]:
+def _intrinsics(folder: Path, calibration: dict[str, Any]) -> list[list[float]]:
+    matrix: list[list[float]] = calibration["camera_intrinsic"]
+    if not matrix or min(matrix[0][0], matrix[1][1]) <= 0:
+        raise ValueError(
+            f"{folder / 'calibrated_sensor.json'}: `camera_intrinsic` of {calibration['token']}, a camera's, must have"
+            f" focal lengths above 0, got {reprlib.repr(matrix)}."
+        )
+    return matrix
+
+
+def _read(folder: Path, table: str) -> list[dict[str, Any]]:
+    """Rows of a table, whose columns are checked; none where an optional one is not there.
+
+    Raises:
+        ValueError: If it is missing, or a row lacks something.
+    """
     path = folder / f"{table}.json"
     if not os.path.exists(path):
-        if optional:
+        if table in _OPTIONAL_TABLES:
             return []
         raise ValueError(f"`root` must hold all tables of nuScenes, {path} does not exist.")
-    rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    rows: list[dict[str, Any]] = read_json(path)
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} must be a list of rows, got {reprlib.repr(rows)}.")
+    columns = {**_TABLES, **_OPTIONAL_TABLES}[table]
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: row {number} must be an object, got {reprlib.repr(row)}.")
+        for name, kind in columns.items():
+            if not _KINDS[kind](row.get(name)):
+                raise ValueError(f"{path}: `{name}` of row {number} must be {kind}, got {reprlib.repr(row.get(name))}.")
     return rows
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and -_LARGEST < value < _LARGEST
+
+
+def _are_numbers(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and all(map(_is_number, value))
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "text": lambda value: isinstance(value, str),
+    "a number": _is_number,
+    "true or false": lambda value: isinstance(value, bool),
+    "3 numbers": lambda value: _are_numbers(value, 3),
+    "4 numbers": lambda value: _are_numbers(value, 4),
+    "3 x 3 numbers, or none": lambda value: (
+        value == [] or (isinstance(value, list) and len(value) == 3 and all(_are_numbers(row, 3) for row in value))
+    ),
+}
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,5 +1,6 @@
 """nuScenes as a data module."""
 
+from ssl_distill.data.corrupt import OnCorrupt
 from ssl_distill.lidar.data import LidarData, LidarParts, chosen
 from ssl_distill.lidar.nuscenes import CLASSES, NuScenes, scene_names
 from ssl_distill.lidar.preparation import Preparation
@@ -24,6 +25,7 @@ class NuScenesData(LidarData):
         bank_size: Most scans that a method's probe learns from.
         query_size: Most scans that are predicted; all, by default.
         seed: Of everything random; None is the run's.
+        on_corrupt: As in `LidarData`.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class NuScenesData(LidarData):
         bank_size: int = 200,
         query_size: int = 10_000,
         seed: int | None = None,
+        on_corrupt: OnCorrupt = "skip",
     ) -> None:
-        super().__init__(samples, preparation, batch_size, num_workers, eval_batch_size, bank_size, query_size, seed)
+        sizes = (batch_size, num_workers, eval_batch_size, bank_size, query_size)
+        super().__init__(samples, preparation, *sizes, seed, on_corrupt)
         if train_every < 1:
             raise ValueError(f"`train_every` must be at least 1, got {train_every}.")
         self.root = root

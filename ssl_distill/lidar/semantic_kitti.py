@@ -1,5 +1,6 @@
 """KITTI: the odometry sequences with SemanticKITTI's labels, and the object benchmark."""
 
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,6 +35,7 @@ CLASSES: dict[str, tuple[int, ...]] = {  # name: raw labels; all others are igno
     "pole": (80,),
     "traffic-sign": (81,),
 }
+_LARGEST = 1e6  # number in a calibration: pixels or metres
 _TABLE = label_table(list(CLASSES.values()))
 
 
@@ -67,7 +69,7 @@ class SemanticKITTI:
                 f"`root` {root} has no scans; looked for {found[0]}/SS/velodyne/*.bin, SS of {', '.join(sequences)}."
             )
         self._calibration = {
-            folder.name: _camera_2(read_calibration(_calibration_file(root, folder)), "Tr")
+            folder.name: _camera_2(_calibration_file(root, folder), "Tr")
             for folder in {scan.parents[1] for scan in self.scans}
             if (folder / "image_2").is_dir()
         }
@@ -115,7 +117,7 @@ class KITTIObject:
 
     def __getitem__(self, position: int) -> LidarCameraFrame:
         scan = self.scans[position]
-        calibration = read_calibration(self.folder / "calib" / f"{scan.stem}.txt")
+        calibration = self.folder / "calib" / f"{scan.stem}.txt"
         intrinsics, cam_from_lidar = _camera_2(calibration, "Tr_velo_to_cam", "R0_rect")
         camera = Camera("image_2", self.folder / "image_2" / f"{scan.stem}.png", cam_from_lidar, intrinsics)
         return LidarCameraFrame(read_points(scan, KITTI_COLUMNS), None, (camera,), scan.stem, SENSOR)
@@ -125,12 +127,16 @@ def read_calibration(path: Path) -> dict[str, Float[np.ndarray, "_"]]:
     """Numbers of every line, by its name.
 
     Raises:
-        ValueError: If the file is missing.
+        ValueError: If the file is missing, or holds anything but names and numbers.
+        OSError: If it cannot be read.
     """
     if not path.is_file():
         raise ValueError(f"the calibration {path} is missing; pictures are of no use without it.")
-    lines = (line.partition(":") for line in path.read_text(encoding="utf-8").splitlines())
-    return {name.strip(): np.array(values.split(), np.float64) for name, _, values in lines if values.strip()}
+    try:
+        lines = (line.partition(":") for line in path.read_text(encoding="utf-8").splitlines())
+        return {name.strip(): np.array(values.split(), np.float64) for name, _, values in lines if values.strip()}
+    except ValueError as error:
+        raise ValueError(f"the calibration {path} must be lines of a name and numbers: {error}.") from error
 
 
 def _calibration_file(root: Path, sequence: Path) -> Path:
@@ -144,18 +150,34 @@ def _calibration_file(root: Path, sequence: Path) -> Path:
     )
 
 
-def _camera_2(
-    calibration: dict[str, Float[np.ndarray, "_"]], *motions: str
-) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, "4 4"]]:
+def _camera_2(path: Path, *motions: str) -> tuple[Float[np.ndarray, "3 3"], Float[np.ndarray, "4 4"]]:
     """Intrinsics and `cam_from_lidar` of the left colour camera.
 
     Args:
-        calibration: As `read_calibration` gives it.
+        path: Of the calibration.
         *motions: Names of 3 x 4 or 3 x 3 matrices from the lidar on, the first applied first.
+
+    Raises:
+        ValueError: If the file is missing or damaged, or lacks a matrix.
+        OSError: If it cannot be read.
     """
+    calibration = read_calibration(path)
     missing = [name for name in ("P2", *motions) if name not in calibration]
     if missing:
-        raise ValueError(f"the calibration lacks {' and '.join(missing)}; it has {', '.join(calibration)}.")
+        raise ValueError(f"the calibration {path} lacks {' and '.join(missing)}; it has {', '.join(calibration)}.")
+    for name in ("P2", *motions):
+        values, sizes = calibration[name], (12,) if name == "P2" else (9, 12)
+        if len(values) not in sizes or not (np.abs(values) < _LARGEST).all():
+            raise ValueError(
+                f"{name} in the calibration {path} must be {' or '.join(map(str, sizes))} numbers below"
+                f" {_LARGEST:,.0f}, got {len(values)}: {reprlib.repr(values.tolist())}."
+            )
+    focal, last = calibration["P2"][[0, 5]], calibration["P2"][8:11]
+    if focal.min() <= 0 or not np.array_equal(last, [0, 0, 1]):
+        raise ValueError(
+            f"P2 in the calibration {path} must have focal lengths above 0 and end with 0 0 1, got {focal.tolist()} and"
+            f" {last.tolist()}."
+        )
     intrinsics, cam_from_lidar = split_projection(calibration["P2"].reshape(3, 4))
     for name in reversed(motions):
         matrix = np.eye(4)

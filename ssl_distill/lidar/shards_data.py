@@ -8,11 +8,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from ssl_distill.data.corrupt import OnCorrupt
+from ssl_distill.data.files import read_json
 from ssl_distill.data.optimize import Item, Table, write_shards
-from ssl_distill.data.sources import LitDataItems, count_items, is_litdata
+from ssl_distill.data.sources import LitDataItems, check_shards, count_items, is_litdata
 from ssl_distill.lidar.data import LidarData, LidarParts, chosen, origin
+from ssl_distill.lidar.files import check_points
 from ssl_distill.lidar.frames import Camera, EncodedImage, Frames, LidarCameraFrame, Sensor
 from ssl_distill.lidar.preparation import Preparation
 from ssl_distill.lidar.samples import Samples
@@ -66,6 +70,7 @@ class LidarShardsData(LidarData):
         bank_size: Most scans that a method's probe learns from; None is what the other module had.
         query_size: Most scans that are predicted; None is what the other module had.
         seed: Of order and augmentation; None is the run's.
+        on_corrupt: As in `LidarData`.
     """
 
     def __init__(
@@ -79,12 +84,14 @@ class LidarShardsData(LidarData):
         bank_size: int | None = None,
         query_size: int | None = None,
         seed: int | None = None,
+        on_corrupt: OnCorrupt = "skip",
     ) -> None:
         folder = Path(root).expanduser()
         facts = _read_table(folder)
         bank_size = facts["bank_size"] if bank_size is None else bank_size
         query_size = facts["query_size"] if query_size is None else query_size
-        super().__init__(samples, preparation, batch_size, num_workers, eval_batch_size, bank_size, query_size, seed)
+        sizes = (batch_size, num_workers, eval_batch_size, bank_size, query_size)
+        super().__init__(samples, preparation, *sizes, seed, on_corrupt)
         self.root = folder
         self.class_names = tuple(facts["class_names"])
 
@@ -108,7 +115,11 @@ class ShardFrames:
         return self.count
 
     def __getitem__(self, position: int) -> LidarCameraFrame:
-        return unpack_frame(self._items[position], str(self.root))
+        item = self._items[position]
+        try:
+            return unpack_frame(item, str(self.root))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+            raise OSError(f"cannot read frame {position} of {self.root}: {type(error).__name__} {error}") from error
 
 
 class _FrameItems:
@@ -180,6 +191,7 @@ def unpack_frame(item: dict[str, Any], root: str) -> LidarCameraFrame:
         for number, name in enumerate(facts["cameras"])
     )
     sensor = Sensor(**facts["sensor"])
+    check_points(arrays["points"], f"{root}:{facts['frame_id']}")
     return LidarCameraFrame(arrays["points"], arrays.get("labels"), cameras, facts["frame_id"], sensor)
 
 
@@ -197,7 +209,8 @@ def _read_table(root: Path) -> dict[str, Any]:
     """What is said of all frames.
 
     Raises:
-        ValueError: If a folder holds no shards, shards of something else, or not all of them.
+        ValueError: If a folder holds no shards, shards of something else, damaged ones, or not all of them.
+        OSError: If they cannot be read.
     """
     if not is_litdata(root):
         raise ValueError(
@@ -209,9 +222,35 @@ def _read_table(root: Path) -> dict[str, Any]:
             f"`root` {root} holds shards without {TABLE}, so not of lidar frames; make them with `ssl-distill data"
             " optimize CONFIG OUT`."
         )
-    facts: dict[str, Any] = json.loads((root / TABLE).read_text(encoding="utf-8"))
+    check_shards(root)
+    facts: dict[str, Any] = read_json(root / TABLE)
+    _check_facts(facts, root / TABLE)
     if count_items(root) != facts["num_frames"]:
         raise ValueError(
             f"`root` {root} holds {count_items(root)} items, its {TABLE} {facts['num_frames']}; make the shards again."
         )
     return facts
+
+
+def _check_facts(facts: Any, table: Path) -> None:
+    """Refuse a table that is damaged.
+
+    Raises:
+        ValueError: If it is.
+    """
+    numbers = ("num_frames", "bank_size", "query_size")
+    if not isinstance(facts, dict) or not all(type(facts.get(name)) is int and facts[name] > 0 for name in numbers):
+        raise ValueError(f"{table} must give {', '.join(numbers)}, whole numbers; make the shards again.")
+    for part in ("train", "bank", "queries"):
+        positions = facts.get(part, ())
+        if positions is None and part != "train":
+            continue
+        if not isinstance(positions, list) or not all(
+            type(i) is int and 0 <= i < facts["num_frames"] for i in positions
+        ):
+            raise ValueError(
+                f"{table}: `{part}` must list frames from 0 to {facts['num_frames'] - 1}; make the shards again."
+            )
+    names = facts.get("class_names")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{table}: `class_names` must be a list of names; make the shards again.")

@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import re
 import tarfile
 
 import numpy as np
@@ -217,7 +218,17 @@ def test_errors_of_shards_and_tars(gallery):
             {"images": [{"id": 1, "file_name": "gone.png", "width": 60, "height": 40}]},
             "names 1 of 1 files that are not in .+, such as gone.png",
         ),
-        ([], {"images": [{"id": 1}]}, "must be COCO's json .+ KeyError"),
+        (
+            [annotation([0, 0, 30, 20], segmentation={"size": [HEIGHT, 2 * WIDTH], "counts": [2 * WIDTH * HEIGHT]})],
+            {},
+            "mask of annotation 7 must be as large as its image, 60 x 40, got 120 x 40",
+        ),
+        (
+            [annotation([0, 0, 30, 20], segmentation={"size": [HEIGHT, WIDTH], "counts": [5]})],
+            {},
+            "mask of annotation 7 must have 2400 pixels, got 5",
+        ),
+        ([], {"images": [{"id": 1}]}, "objects.json: image 1 must have a `file_name`, got None"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:1 of 1 boxes")
@@ -226,19 +237,34 @@ def test_errors(annotations, kwargs, message, tmp_path):
         data_of(tmp_path, annotations, kwargs)
 
 
-def test_errors_of_masks_and_files(tmp_path):
-    code = {"size": [HEIGHT, 2 * WIDTH], "counts": [2 * WIDTH * HEIGHT]}
-    data = data_of(tmp_path, [annotation([0, 0, 30, 20], segmentation=code)])
-    with pytest.raises(ValueError, match="mask of annotation 7 must be as large as its image, 60 x 40, got 120 x 40"):
-        data.parts.train.read([0])
-    code = {"size": [HEIGHT, WIDTH], "counts": [5]}
-    data = data_of(tmp_path, [annotation([0, 0, 30, 20], segmentation=code)])
-    with pytest.raises(ValueError, match="mask of annotation 7 must have 2400 pixels, got 5"):
-        data.parts.train.read([0])
+def test_a_picture_that_cannot_be_used_is_named_counted_and_replaced(tmp_path, caplog):
+    boxes = [annotation([0, 0, 30, 20]), annotation([10, 10, 20, 20], image_id=2)]
+    for break_it, reason in (
+        (lambda: Image.new("RGB", (HEIGHT, WIDTH)).save(tmp_path / "a.png"), "is 40 x 60 pixels, .* are for 60 x 40"),
+        (lambda: (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60]), "cannot read .*a.png"),
+    ):
+        data, strict = data_of(tmp_path, boxes), data_of(tmp_path, boxes, on_corrupt="error")
+        break_it()
+        caplog.clear()
+        for _ in range(2):
+            batch = data.parts.train.read([0, 1])
+            assert batch.index.tolist() == [0, 1]
+            torch.testing.assert_close(batch.boxes_xyxy[0], batch.boxes_xyxy[1])  # with the picture, its objects
+            assert torch.equal(batch.masks[0], batch.masks[1])
+            assert batch.num_objects.tolist() == [1, 1]
+        assert len(caplog.messages) == 1
+        assert re.search(f"corrupt: 1 of 2 files so far: .*{reason}", caplog.text)
+        labelled = data.parts.bank.read([0])
+        assert torch.equal(labelled.mask[0], data.parts.bank.read([1]).mask[0])
+        with pytest.raises(OSError, match=r"a.png.*set `on_corrupt` to skip"):
+            strict.parts.train.read([0])
+
+
+def test_only_images_with_objects_stand_in_where_evaluators_read(tmp_path):
     data = data_of(tmp_path, [annotation([0, 0, 30, 20])])
-    Image.new("RGB", (HEIGHT, WIDTH)).save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match=r"a.png is 40 x 60 pixels, its annotations are for 60 x 40"):
-        data.parts.train.read([0])
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(OSError, match=r"none of 2 files can be used, the last: cannot read .*a.png"):
+        data.parts.bank.read([0])
 
 
 @pytest.mark.parametrize(

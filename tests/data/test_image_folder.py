@@ -145,7 +145,7 @@ def test_corrupt_files_are_named_counted_and_replaced(classes, workers, caplog):
         for _ in range(2):
             batches = list(data.train_dataloader())
             assert sum(len(batch.index) for batch in batches) == 40
-    assert data.parts.train.read.__self__.corrupt.sum() == 3
+    assert data.parts.train.read.__self__.replacement.corrupt.sum() == 3
     if workers == 0:
         for name in ("01.jpg", "02.jpg", "04.jpg"):
             assert sum(name in message for message in caplog.messages) == 1

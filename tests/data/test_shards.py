@@ -4,6 +4,7 @@ import io
 import os
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,14 +185,28 @@ def test_errors(folder, tmp_path, capsys, monkeypatch):
         optimize(folder, tmp_path / "x")
 
 
-def test_an_error_in_a_writing_process_is_one_line(folder, tmp_path, capsys):
+def test_an_error_in_a_writing_process_is_one_line(folder, tmp_path, capsys, monkeypatch):
     pytest.importorskip("litdata")
-    listed = tmp_path / "list.txt"
-    listed.write_text("folder/cat/00.jpg\nfolder/cat/gone.jpg\n")
-    assert main(["data", "optimize", str(listed), str(tmp_path / "x"), "--workers", "1"]) == 2
+    monkeypatch.setattr(sources, "read_bytes", lambda path: Path(path).with_suffix(".gone").read_bytes())
+    assert main(["data", "optimize", str(folder), str(tmp_path / "x"), "--workers", "1"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: [Errno 2] No such file")
-    assert error.endswith("gone.jpg'")
+    assert error.endswith("00.gone'")
+
+
+def test_names_that_are_no_files_are_left_out_of_shards(folder, tmp_path, capsys, caplog):
+    pytest.importorskip("litdata")
+    (folder / "cat" / "lost.jpg").symlink_to("nowhere")
+    os.mkfifo(folder / "cat" / "pipe.png")
+    assert main(["data", "optimize", str(folder), str(tmp_path / "x"), "--workers", "0"]) == 0
+    assert capsys.readouterr().out.startswith("20 images in")
+    for name, reason in (("lost.jpg", "No such file"), ("pipe.png", "it is a FIFO, no file")):
+        (message,) = (message for message in caplog.messages if name in message)
+        assert reason in message
+    for i in range(10):
+        (folder / "dog" / f"lost{i}.jpg").symlink_to("nowhere")
+    with pytest.raises(OSError, match=r"11 of 32 files are corrupt, more than 1 %, the last: .*No such file"):
+        optimize(folder, tmp_path / "y")
 
 
 def test_a_shard_has_a_size_that_its_format_can_count(folder, tmp_path, monkeypatch):

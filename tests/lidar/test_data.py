@@ -142,10 +142,10 @@ def test_blind_frames_are_replaced_and_counted(caplog):
     with caplog.at_level(logging.WARNING):
         batch = dataset.__getitems__([0, 1, 2])
     assert batch.picture.tolist()[1] == batch.picture.tolist()[2]
-    assert dataset.num_replaced == 1
+    assert dataset.replacement.num_useless == 1
     assert f"frame {blind.frame_id} has nothing to train on" in caplog.text
     nothing = TrainingSet(chosen(WithBlind(), [1, 1]), PairedSamples(IMAGE_SIZE), street().preparation, 0)
-    with pytest.raises(ValueError, match="none of 2 frames has points to train on"):
+    with pytest.raises(OSError, match=r"none of 2 frames can be used, the last: frame .* has nothing to train on"):
         nothing[0]
 
 
@@ -209,5 +209,5 @@ def test_batch_larger_than_the_data():
 
 def test_no_point_in_view():
     preparation = Preparation(((8, 8),) * 3, (500, 500, 500), (510, 510, 510))
-    with pytest.raises(ValueError, match="none of 6 frames has points to train on"):
+    with pytest.raises(OSError, match=r"none of 6 frames can be used, .* no point in the field of view"):
         next(iter(street(preparation=preparation).train_dataloader()))

@@ -213,7 +213,7 @@ def break_kitti(root, folder, what):
         ("cut points", r"000000.bin has 8 bytes, no multiple of 16 \(4 numbers per point\)"),
         ("few labels", r"000000.label has labels for 1 points, its scan has \d+"),
         ("no calibration", r"sequence 00 has pictures and no calibration; looked for .*/00/calib.txt and .*/calib/"),
-        ("half a calibration", "the calibration lacks P2 and Tr; it has P0"),
+        ("half a calibration", "the calibration .*calib.txt lacks P2 and Tr; it has P0"),
         ("no sequences", "`root` must hold the sequences of KITTI, but neither"),
         ("no scans", "has no scans; looked for .*/SS/velodyne/"),
     ],

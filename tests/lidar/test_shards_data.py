@@ -222,13 +222,14 @@ def test_errors(tmp_path):
         LidarShardsData(str(tmp_path))
     spec = [1, {"type": "builtins.dict", "context": "[]", "children_spec": []}]
     index = {
-        "chunks": [{"chunk_size": 2, "filename": "chunk-0-0.bin"}],
+        "chunks": [{"chunk_size": 2, "chunk_bytes": 5, "filename": "chunk-0-0.bin"}],
         "config": {"data_format": [], "data_spec": json.dumps(spec)},
     }
     (tmp_path / "index.json").write_text(json.dumps(index))
+    (tmp_path / "chunk-0-0.bin").write_bytes(b"12345")
     with pytest.raises(ValueError, match=r"holds shards without frames.json, so not of lidar frames"):
         LidarShardsData(str(tmp_path))
-    facts = {"num_frames": 3, "bank_size": 1, "query_size": 1, "class_names": []}
+    facts = {"num_frames": 3, "bank_size": 1, "query_size": 1, "class_names": [], "train": [0]}
     (tmp_path / "frames.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match=r"holds 2 items, its frames.json 3; make the shards again"):
         LidarShardsData(str(tmp_path))
