@@ -172,10 +172,10 @@ def open_litdata(root: Path) -> Any:
         ValueError: As in `read_index`, or if LitData is not installed or cannot read them.
     """
     read_index(root)
-    litdata = import_litdata("litdata")
+    reader = import_litdata("litdata").StreamingDataset
     try:
         # Its windows are for reading in order: of 256 decoded items, a random order would use one.
-        return litdata.StreamingDataset(str(root), shuffle=False, batch_decode=0)
+        return reader(str(root), shuffle=False, batch_decode=0)
     except Exception as error:  # as on damaged bytes
         raise ValueError(f"{root} holds no shards that LitData can read: {type(error).__name__} {error}.") from error
 
