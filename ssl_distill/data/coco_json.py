@@ -1,6 +1,5 @@
 """COCO's json: images, boxes, polygons and run-length codes."""
 
-import importlib.util
 import math
 import reprlib
 from collections import defaultdict
@@ -189,10 +188,8 @@ def _check_segmentation(segmentation: Any, image_size: tuple[int, int], what: st
                 raise ValueError(f"{what} must have {math.prod(image_size)} pixels, got {_short(sum(counts))}.")
         elif not isinstance(counts, str):
             raise ValueError(f"{what} must have `counts`, a list or text, got {_short(counts)}.")
-        elif importlib.util.find_spec("pycocotools") is None:
-            raise ValueError(
-                f"{what} is compressed, which needs pycocotools; run `pip install ssl-distill[detection]`."
-            )
+        else:
+            _coco_mask(what)
         return
     if not isinstance(segmentation, list):
         raise ValueError(f"{what} must be polygons or a run-length code, got {_short(segmentation)}.")
@@ -303,9 +300,24 @@ def _decode(part: CocoObject, image_size: tuple[int, int]) -> np.ndarray:
     if isinstance(code["counts"], list):
         values = np.arange(len(code["counts"])) % 2 == 1
         return np.repeat(values, code["counts"]).reshape(image_size[::-1]).T
-    from pycocotools import mask as coco_mask
-
     try:
-        return coco_mask.decode({**code, "counts": code["counts"].encode()}).astype(bool)
-    except Exception as error:  # what it raises on damaged codes has no common type
+        return (
+            _coco_mask(f"mask of annotation {part.id}").decode({**code, "counts": code["counts"].encode()}).astype(bool)
+        )
+    except Exception as error:  # what is raised on damaged codes has no common type
         raise ValueError(f"mask of annotation {part.id} is no run-length code: {error}.") from error
+
+
+def _coco_mask(what: str) -> Any:
+    """The module that reads compressed masks.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise ValueError(
+            f"{what} is compressed: it needs pycocotools; run `pip install ssl-distill[detection]`."
+        ) from error
+    return mask

@@ -169,13 +169,13 @@ def open_litdata(root: Path) -> Any:
     """LitData's reader of a folder of shards.
 
     Raises:
-        ValueError: As in `read_index`; or if LitData cannot read them.
+        ValueError: As in `read_index`, or if LitData is not installed or cannot read them.
     """
     read_index(root)
-    litdata = import_litdata("litdata")
+    reader = import_litdata("litdata").StreamingDataset
     try:
         # Its windows are for reading in order: of 256 decoded items, a random order would use one.
-        return litdata.StreamingDataset(str(root), shuffle=False, batch_decode=0)
+        return reader(str(root), shuffle=False, batch_decode=0)
     except Exception as error:  # as on damaged bytes
         raise ValueError(f"{root} holds no shards that LitData can read: {type(error).__name__} {error}.") from error
 
@@ -208,16 +208,17 @@ def check_shards(root: Path) -> None:
     """Refuse a folder of LitData's shards that is not whole.
 
     Raises:
-        ValueError: If LitData is not installed, the index is damaged, or a shard is missing or of another size than it
+        ValueError: As in `read_index`, or if LitData is not installed, or a shard is missing or of another size than it
             was written with.
         OSError: If the index cannot be read.
     """
-    index, chunks = root / "index.json", read_index(root)["chunks"]
+    index = root / "index.json"
+    chunks = read_index(root)["chunks"]
     if not chunks:
         raise ValueError(f"{index} must list `chunks`; copy or make the shards again.")
     for number, chunk in enumerate(chunks):
-        kinds = {"filename": str, "chunk_bytes": int, "chunk_size": int}
-        if not isinstance(chunk, dict) or any(type(chunk.get(key)) is not kind for key, kind in kinds.items()):
+        kinds = {"chunk_bytes": int, "chunk_size": int}
+        if any(type(chunk.get(key)) is not kind for key, kind in kinds.items()):
             raise ValueError(f"{index}: entry {number} of `chunks` must have {', '.join(kinds)}, got {chunk}.")
         file = root / chunk["filename"]
         try:
@@ -256,7 +257,7 @@ def read_index(root: Path) -> dict[str, Any]:
         leaves: list[Any] = [{"type": None, "context": None, "children_spec": []}] * len(formats)
         is_plain = items["type"] == "builtins.dict" and all(isinstance(key, str) for key in keys)
         is_plain = is_plain and items["children_spec"] == leaves
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no index of LitData's shards ({type(error).__name__}: {error}).") from error
     unknown = [name for name in formats if not re.fullmatch(_FORMATS, str(name))]
     if unknown:
@@ -266,7 +267,7 @@ def read_index(root: Path) -> dict[str, Any]:
         )
     if not is_plain:
         raise ValueError(f"{file} describes items that are not plain dicts, whose classes would be imported.")
-    outside = [name for name in names if name in ("", "..") or Path(name).name != name]
+    outside = [name for name in names if not isinstance(name, str) or name in ("", "..") or Path(name).name != name]
     if outside:
         raise ValueError(f"{file} names the shard {outside[0]}, which is outside of the folder.")
     return index

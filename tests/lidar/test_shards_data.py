@@ -229,15 +229,8 @@ def test_errors(tmp_path):
     (tmp_path / "chunk-0-0.bin").write_bytes(b"12345")
     with pytest.raises(ValueError, match=r"holds shards without frames.json, so not of lidar frames"):
         LidarShardsData(str(tmp_path))
-    facts = {
-        "num_frames": 3,
-        "bank_size": 1,
-        "query_size": 1,
-        "class_names": [],
-        "train": [0],
-        "bank": None,
-        "queries": None,
-    }
+    facts = {"num_frames": 3, "bank_size": 1, "query_size": 1, "class_names": []}
+    facts |= {"train": [0], "bank": None, "queries": None}
     (tmp_path / "frames.json").write_text(json.dumps(facts))
     with pytest.raises(ValueError, match=r"holds 2 items, its frames.json 3; make the shards again"):
         LidarShardsData(str(tmp_path))
