@@ -47,7 +47,3 @@ def mlp_head_state(tensors):
     for i in layers:
         state |= {f"mlp.{2 * (i - 1)}.weight": tensors[f"w{i}"], f"mlp.{2 * (i - 1)}.bias": tensors[f"b{i}"]}
     return state
-
-
-def in_float64(case):
-    return {name: value.double() if value.is_floating_point() else value for name, value in case.tensors.items()}

@@ -93,8 +93,10 @@ def test_the_printed_lines_work(tmp_path, name, kwargs):
 
 
 def test_the_package_loads_it_by_itself(tmp_path):
-    export_backbone(trained("convnet_nano"), tmp_path / "backbone.safetensors")
-    assert isinstance(ssl_distill.load_backbone(tmp_path / "backbone.safetensors"), nn.Module)
+    backbone, images = trained("convnet_nano"), torch.randn(2, 3, 32, 32)
+    export_backbone(backbone, tmp_path / "backbone.safetensors")
+    loaded = ssl_distill.load_backbone(tmp_path / "backbone.safetensors")
+    torch.testing.assert_close(loaded(images), backbone.eval()(images))
 
 
 def test_a_users_module(tmp_path):

@@ -54,7 +54,6 @@ class EMATeacher(Callback):
     def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]], momentum: Cosine) -> None:
         self.pairs = pairs
         self.momentum = momentum
-        self._steps_seen = 0
         self._running: list[list[Tensor] | None] = [None for _ in pairs]
         self._restored: list[list[Tensor] | None] = [None for _ in pairs]
 

@@ -69,4 +69,4 @@ def point_entropy(
     if len(logits) != count:
         raise ValueError(f"`logits` must have one row for each of {int(count)} points, got {len(logits)}.")
     count = mean_over_ranks(count.to(targets.dtype))
-    return row_entropy(targets / torch.where(count > 0, count, 1), logits, temperature)
+    return row_entropy(targets / count, logits, temperature)

@@ -18,7 +18,7 @@ def over_samples(total: Float[Tensor, "1 _"]) -> Float[Tensor, "1 _"]:
 def over_ranks(total: Float[Tensor, "1 _"]) -> Float[Tensor, "1 _"]:
     """The same with each rank's mean counted once, as in UDI's official code; a rank without samples is left out."""
     weight = total[:, -1:]
-    return sum_over_ranks(torch.where(weight > 0, total / torch.where(weight > 0, weight, 1), 0))
+    return sum_over_ranks(torch.where(weight > 0, total / weight, 0))
 
 
 class Center(nn.Module):
@@ -74,7 +74,7 @@ class Center(nn.Module):
         """Move the center towards the mean of what all ranks observed; without any it stays."""
         total = self.average(self.observed)
         weight = total[:, -1:]
-        mean = torch.where(weight > 0, total[:, :-1] / torch.where(weight > 0, weight, 1), self.value)
+        mean = torch.where(weight > 0, total[:, :-1] / weight, self.value)
         self.value.lerp_(mean, 1 - self.momentum)
         self.observed.zero_()
 

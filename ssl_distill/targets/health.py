@@ -33,7 +33,7 @@ def output_health(
     health = {
         "teacher_entropy": teacher_entropy,
         "mean_output_entropy": torch.special.entr(rows.mean(0)).sum(),
-        "kl": loss.detach() - teacher_entropy,
+        "kl": loss - teacher_entropy,
         "max_probability": rows.amax(-1).mean(),
         "prototypes_used": rows.argmax(-1).unique().numel() / torch.tensor(float(min(rows.shape))),
         "feature_std": unit.std(0, correction=0).mean() * unit.shape[-1] ** 0.5,

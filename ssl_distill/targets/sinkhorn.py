@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ssl_distill.distributed import max_over_ranks, sum_over_ranks, world_size
+from ssl_distill.distributed import max_over_ranks, sum_over_ranks
 
 
 class SinkhornKnopp(nn.Module):
@@ -29,12 +29,10 @@ class SinkhornKnopp(nn.Module):
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).flatten(0, -2) / temperature
         # Deviation: the largest score is subtracted first. The result is the same and cannot overflow.
         plan = (scores - max_over_ranks(scores.max())).exp()  # (rows, K)
-        num_rows, num_prototypes = plan.shape[0] * world_size(), plan.shape[1]
-        plan /= sum_over_ranks(plan.sum())
         for _ in range(self.num_iterations):
-            plan /= sum_over_ranks(plan.sum(0, keepdim=True)) * num_prototypes
-            plan /= plan.sum(1, keepdim=True) * num_rows
-        return (plan * num_rows).view(logits.shape)
+            plan /= sum_over_ranks(plan.sum(0, keepdim=True))
+            plan /= plan.sum(1, keepdim=True)
+        return plan.view(logits.shape)
 
     def observe(self, logits: Float[Tensor, "*rows K"]) -> None:
         """Nothing to remember: the batch balances itself."""

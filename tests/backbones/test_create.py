@@ -29,11 +29,15 @@ def test_golden_multicrop(golden):
     torch.testing.assert_close(single, case.tensors["out_single_tensor_crop_0"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["vit_nano_patch8_32", "convnet_nano", "resnet10_nano", "convnext_atto"])
-def test_shapes(name):
+WIDTHS = {"vit_nano_patch8_32": 64, "convnet_nano": 128, "resnet10_nano": 128, "convnext_atto": 320}
+
+
+@pytest.mark.parametrize(("name", "width"), WIDTHS.items())
+def test_shapes(name, width):
     backbone = create_backbone(name, drop_path_rate=0.1).eval()
+    assert embed_dim_of(backbone) == width
     for size in (64, 32) if name == "convnext_atto" else (32, 16):
-        assert backbone(torch.randn(2, 3, size, size)).shape == (2, embed_dim_of(backbone))
+        assert backbone(torch.randn(2, 3, size, size)).shape == (2, width)
 
 
 def test_class_token_starts_as_the_papers_do():

@@ -204,15 +204,20 @@ def test_pictures_never_break_a_run(tmp_path, monkeypatch):
 
 
 def test_batches_without_images_are_skipped(tmp_path):
+    """Alone they leave nothing; among others they change nothing."""
+
     class Points:
         features = torch.zeros(3, 5)
 
-    trainer = fitting_trainer(tmp_path)
-    for callback in (FeatureMaps(), Neighbours()):
-        callback.on_validation_start(trainer, None)
-        for loader in (0, 1, 2):
-            callback.on_validation_batch_end(trainer, None, None, Points(), 0, loader)
-        callback.on_validation_epoch_end(trainer, None)
+    mixed, alone = (FeatureMaps(), Neighbours(num_neighbours=1)), (FeatureMaps(), Neighbours(num_neighbours=1))
+    for callback, expected in zip(mixed, alone, strict=True):
+        see(callback, tmp_path / "nothing", [Points()], [Points()])
+        assert not (tmp_path / "nothing").exists()
+        see(callback, tmp_path / "mixed", [Points(), labelled(BANK)], [labelled(QUERIES), Points()])
+        see(expected, tmp_path / "alone", [labelled(BANK)], [labelled(QUERIES)])
+    assert torch.equal(mixed[0]._images, alone[0]._images)
+    found = [(tmp_path / name / "neighbours.png").read_bytes() for name in ("mixed", "alone")]
+    assert found[0] == found[1]
 
 
 def test_errors():

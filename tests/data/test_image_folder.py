@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from ssl_distill.data.image_folder import ImageFolderData
 from ssl_distill.data.images import evaluation_view, read_image
@@ -186,11 +185,19 @@ def test_formats(tmp_path):
     assert read_image(tmp_path / "clear.png").min() == 255
 
 
-def test_exif_orientation(tmp_path):
+def test_a_folders_pictures_are_upright(tmp_path):
+    """Every format's and every orientation's pixels are in `test_images`; here they come through the data module."""
+    corners = np.array([[[200, 30, 30], [30, 200, 30]], [[30, 30, 200], [220, 220, 220]]], dtype=np.uint8)
+    upright = corners.repeat(8, 0).repeat(8, 1)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned a quarter
-    picture(0).save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(tmp_path / "turned.jpg").shape == (3, 40, 30)
+    for name in ("a.png", "b.png"):
+        Image.fromarray(np.rot90(upright)).save(tmp_path / name, exif=exif)
+    data = data_of(tmp_path, batch_size=2, decode_size=16)
+    batch = next(iter(data.train_dataloader()))
+    expected = torch.from_numpy(upright).movedim(-1, 0)
+    for image in batch.image:
+        torch.testing.assert_close(image, expected)
 
 
 def test_errors(tmp_path, classes):
@@ -224,4 +231,3 @@ def test_errors(tmp_path, classes):
     for call, message in table:
         with pytest.raises(ValueError, match=message):
             call()
-    assert isinstance(data_of(classes).train_dataloader(), DataLoader)

@@ -86,16 +86,24 @@ def test_torchvision_takes_it(name):
     anchors = AnchorGenerator(tuple((8 * 2**i,) for i in range(num_maps)), ((0.5, 1.0, 2.0),) * num_maps)
     target = {"boxes": torch.tensor([[5.0, 5.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
     images = [torch.rand(3, 64, 64)]
+    seen = []
+    backbone.register_forward_hook(lambda module, inputs, maps: seen.append(inputs[0].detach()))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (backbone.image_mean, backbone.image_std))
     detectors = [
-        FasterRCNN(backbone, 3, rpn_anchor_generator=anchors, **statistics),
-        RetinaNet(backbone, 3, anchor_generator=anchors, **statistics),
+        FasterRCNN(backbone, 3, rpn_anchor_generator=anchors, box_score_thresh=0.0, **statistics),
+        RetinaNet(backbone, 3, anchor_generator=anchors, score_thresh=0.0, **statistics),
     ]
     for detector in detectors:
+        backbone.zero_grad()
         losses = detector(images, [target])
-        total = sum(losses.values())
-        total.backward()
-        assert total.isfinite()
-        assert detector.eval()(images)[0]["boxes"].shape[1] == 4
+        sum(losses.values()).backward()
+        torch.testing.assert_close(seen[-1], ((images[0] - mean) / std)[None])  # as the backbone was trained
+        assert next(backbone.parameters()).grad.any()  # the stem's: through all that lies above it
+        found = detector.eval()(images)[0]["boxes"]
+        assert len(found)
+        assert (found[:, 2:] > found[:, :2]).all()
+        assert found.min() >= 0
+        assert found.max() <= 64
 
 
 @pytest.mark.parametrize(

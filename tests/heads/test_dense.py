@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import in_float64
 from torch import nn
 
 from ssl_distill.backbones.projection_teacher import head_of
@@ -25,10 +26,6 @@ def golden_head(t, eps):
     head = head_of(layers, nn.ReLU).double().eval()
     assert all(layer.eps == eps for layer in head if isinstance(layer, nn.BatchNorm1d))
     return head
-
-
-def in_float64(case):
-    return {name: value.double() for name, value in case.tensors.items()}
 
 
 def test_golden(golden):

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from mokd_weights import in_float64, mlp_head_state, t_head_of
+from harness import in_float64
+from mokd_weights import mlp_head_state, t_head_of
 
 from ssl_distill.backbones.position import resize_position_embedding
 from ssl_distill.heads.prototype import FreePrototypes, PrototypeHead

@@ -210,6 +210,33 @@ def test_errors():
             call()
 
 
+def test_defaults_are_the_official_codes(golden):
+    kappa = golden("entropy_reconstruction/entropy_sphere_d8").params["kappa"]
+    unit = F.normalize(torch.randn(2, 6, 4, requires_grad=True), dim=-1)
+    for estimator in (leave_one_out_entropy, resubstitution_entropy, plug_in_entropy):
+        torch.testing.assert_close(estimator(unit[0]), estimator(unit[0], kappa))
+    expected = sphere_reconstruction(*unit, kappa)
+    torch.testing.assert_close(sphere_reconstruction(*unit), expected)
+    torch.testing.assert_close(SphereEntropy()(unit), SphereEntropy(1.0, kappa, leave_one_out_entropy)(unit))
+    torch.testing.assert_close(OutputEntropy()(unit), OutputEntropy(1.0)(unit))
+
+
+def test_terms_are_means_over_views():
+    rows = torch.randn(3, 6, 4, requires_grad=True)
+    outputs = torch.stack([mean_output_entropy(view) for view in rows])
+    torch.testing.assert_close(OutputEntropy(1.0)(rows), -outputs.mean())
+    spheres = torch.stack([leave_one_out_entropy(F.normalize(view, dim=1)) for view in rows])
+    torch.testing.assert_close(SphereEntropy(1.0)(rows), -spheres.mean())
+
+
+def test_half_precision_is_compared_in_float32():
+    first, second = torch.randn(2, 6, 40).half()
+    value = output_reconstruction(first, second)
+    torch.testing.assert_close(value, output_reconstruction(first.float(), second.float()))
+    value = sphere_reconstruction(first, second)
+    torch.testing.assert_close(value, sphere_reconstruction(first.float(), second.float()))
+
+
 def test_weights_scale_the_term():
     rows = torch.randn(2, 6, 4, requires_grad=True)
     for part in (SphereEntropy, OutputEntropy):

@@ -85,6 +85,17 @@ def test_nothing_valid_is_a_loss_of_zero_with_a_gradient():
         assert not gradient.any()
 
 
-def test_errors():
-    with pytest.raises(ValueError, match="`logits` must hold the teacher's 2 views and one to compare with, got 1"):
-        object_view_entropy(torch.ones(2, 3, 4), torch.ones(1, 3, 4), torch.ones(1, 3, dtype=torch.bool))
+def test_two_views_are_enough():
+    targets, logits = torch.rand(2, 3, 7).softmax(-1), torch.randn(2, 3, 7)
+    valid = torch.ones(2, 3, dtype=torch.bool)
+    for some in (targets, targets[:1]):
+        expected = cross_view_entropy(some, logits)
+        torch.testing.assert_close(object_view_entropy(some, logits, valid), expected)
+
+
+@pytest.mark.parametrize(("teacher_views", "views"), [(1, 1), (2, 1), (3, 2)])
+def test_errors(teacher_views, views):
+    with pytest.raises(ValueError, match=f"`logits` .* {teacher_views} views .* got {views}"):
+        object_view_entropy(
+            torch.ones(teacher_views, 3, 4), torch.ones(views, 3, 4), torch.ones(views, 3, dtype=torch.bool)
+        )

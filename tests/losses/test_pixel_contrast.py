@@ -52,6 +52,20 @@ def test_gradient(temperature):
     assert torch.autograd.gradcheck(lambda x: pixel_contrast(x, teachers, negatives, 0.2), students)
 
 
+def test_length_does_not_matter_and_autocast_neither():
+    torch.manual_seed(0)
+    students, teachers = (F.normalize(torch.randn(9, 6, dtype=torch.float64), dim=1) for _ in range(2))
+    negatives = F.normalize(torch.randn(20, 6, dtype=torch.float64), dim=1)
+    expected = pixel_contrast(students, teachers, negatives)
+    torch.testing.assert_close(pixel_contrast(1.1e-12 * students, 1.1e-12 * teachers, negatives), expected)
+
+    students, teachers, negatives = students.float().requires_grad_(), teachers.float(), negatives.float()
+    (gradient,) = torch.autograd.grad(pixel_contrast(students, teachers, negatives), students)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = pixel_contrast(students, teachers, negatives)
+    torch.testing.assert_close(torch.autograd.grad(loss, students)[0], gradient)
+
+
 def test_half_precision_and_no_pixels():
     students = torch.randn(4, 8, dtype=torch.bfloat16, requires_grad=True)
     negatives = F.normalize(torch.randn(10, 8), dim=1)
@@ -88,6 +102,13 @@ def test_pairings():
     torch.testing.assert_close(aligned.targets[0, 0, :, :, 2:], maps[1, 0, :, :, :3])
     torch.testing.assert_close(aligned.targets[1, 0, :, :, :3], maps[0, 0, :, :, 2:])
     assert aligned.valid[1, 0].all(0).tolist() == [True, True, True, False, False]
+
+
+def test_pixels_whose_middle_lies_on_the_border_are_there():
+    maps = torch.randn(2, 1, 4, 5, 5)
+    boxes = torch.tensor([[[0.0, 0.0, 10.0, 10.0]], [[1.0, 0.0, 9.0, 10.0]]])  # by half a pixel narrower on each side
+    views = TwoViews(torch.empty(2, 1, 3, 10, 10), boxes, torch.zeros(2, 1).bool(), torch.zeros(1, 3).long())
+    assert cross_view_aligned(maps, views).valid.all()
 
 
 def test_aligned_pixels_show_the_same_place():

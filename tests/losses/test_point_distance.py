@@ -1,11 +1,13 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ssl_distill.losses.point_distance import (
     cosine_point_distance,
     point_distance,
     shuffled_point_distance,
     squared_point_distance,
+    unit,
 )
 
 
@@ -52,6 +54,8 @@ def test_known_values():
     assert squared_point_distance(student, teacher).item() == pytest.approx(2.0)
     assert cosine_point_distance(student, teacher).item() == pytest.approx(1.0)
     assert point_distance(student, -3 * student).item() == pytest.approx(2.0)
+    rows, others = torch.randn(6, 4), torch.randn(6, 4)
+    torch.testing.assert_close(cosine_point_distance(rows, others), 1 - F.cosine_similarity(rows, others).mean())
 
 
 def test_control_compares_other_pairs():
@@ -83,6 +87,7 @@ def test_half_precision_is_computed_in_float32():
     loss = point_distance(student.half(), teacher.half())
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, point_distance(student, teacher), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(unit(student.half()).norm(dim=1), torch.ones(50), rtol=1e-6, atol=0)
     assert point_distance(student.double(), teacher).dtype == torch.float64
 
 

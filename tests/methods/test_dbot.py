@@ -1,15 +1,13 @@
-import os
-import socket
 from types import SimpleNamespace
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from harness import Crash, StoredViews, quiet_trainer
+from lightning.pytorch import Callback, LightningDataModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy
 from masked_weights import our_names
-from torch import multiprocessing, nn
+from small_methods import small_dbot, small_decoder
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ssl_distill.augment.masked_image import MaskedImageAugment, divide_patches
@@ -23,13 +21,6 @@ from ssl_distill.methods.dbot import DBOT, dbot_adamw
 from ssl_distill.optim.parameters import decay_groups
 from ssl_distill.optim.schedules import Cosine, EpochCosine
 from ssl_distill.views import MaskedImages
-
-
-class StoredViews(nn.Module):
-    """The golden file's images come augmented."""
-
-    def forward(self, batch, draws):
-        return batch
 
 
 class StoredRun(LightningDataModule):
@@ -116,18 +107,12 @@ def golden_dbot(case):
 def test_golden(golden, tmp_path):
     case = golden("dbot/two_stage_run")
     method, recorder = golden_dbot(case), Recorder()
-    trainer = Trainer(
+    trainer = quiet_trainer(
+        tmp_path,
+        [recorder],
         max_epochs=case.params["stage_epochs"][-1],
         reload_dataloaders_every_n_epochs=1,
         precision="64-true",
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-        callbacks=[recorder],
     )
     trainer.fit(method, StoredRun(case))
     tensors = case.tensors
@@ -181,40 +166,11 @@ def test_golden_teacher_depth(golden):
         assert found == [(teacher, depths[stage]) for teacher, stage in zip(teachers, stages, strict=True)]
 
 
-def small_decoder(embed_dim, target_dim, grid, drop_path_rate):
-    return FeatureDecoder(embed_dim, target_dim, grid, drop_path_rate, decoder_dim=16, depth=1, num_heads=2)
-
-
-def small_dbot(**kwargs):
-    options = {
-        "backbone": "vit_nano_patch8_32",
-        "decoder": small_decoder,
-        "stage_starts": (0, 1),
-        "initial_teacher_depth": 1,
-        "augment": MaskedImageAugment(global_size=32, patch_size=8),
-        "learning_rate": EpochCosine(1e-3, 0.0, warmup_epochs=0.5),
-        "reference_batch": None,
-    }
-    return DBOT(**{**options, **kwargs})
-
-
-def fit(folder, callbacks=(), ckpt_path=None, ranks=1, method_options=None, **kwargs):
-    pl.seed_everything(0, verbose=False)
+def fit(folder, callbacks=(), ckpt_path=None, method_options=None, **kwargs):
+    seed_everything(0, verbose=False)
     method = small_dbot(**(method_options or {}))
-    options = {"max_epochs": 2, "log_every_n_steps": 1, "limit_val_batches": 0, **kwargs}
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=ranks,
-        strategy=DDPStrategy(process_group_backend="gloo") if ranks > 1 else "auto",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks),
-        default_root_dir=folder,
-        callbacks=list(callbacks),
-        **options,
-    )
-    data = ShapesData(num_images=27, batch_size=8 // ranks, bank_size=20, query_size=10)
+    data = ShapesData(num_images=27, batch_size=8, bank_size=20, query_size=10)
+    trainer = quiet_trainer(folder, callbacks, **{"max_epochs": 2, **kwargs})
     trainer.fit(method, data, ckpt_path=ckpt_path)
     return method
 
@@ -246,16 +202,6 @@ def test_student_becomes_teacher_and_starts_afresh(tmp_path):
     assert not any(parameter.requires_grad for parameter in method.teacher.parameters())
     assert method.monitor()
     assert all(value.isfinite() for value in method.monitor().values())
-
-
-def test_mixed_precision(tmp_path):
-    """Half-precision products; features, standardisation and loss in float32."""
-    whole = fit(tmp_path)
-    mixed = fit(tmp_path, precision="bf16-mixed")
-    name = "decoder.predict.weight"
-    torch.testing.assert_close(mixed.student.state_dict()[name], whole.student.state_dict()[name], rtol=0, atol=0.01)
-    losses = [float(method.trainer.callback_metrics["train/loss"]) for method in (whole, mixed)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def test_remembering_optimiser(tmp_path):
@@ -308,38 +254,6 @@ def test_a_shallow_student_is_the_network_of_that_depth(tmp_path):
     assert rates == pytest.approx([0.15, 0.3])
 
 
-class Crash(Exception):
-    """The machine went down."""
-
-
-class StopAt(Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise Crash
-
-
-def save_every_step(folder):
-    return ModelCheckpoint(folder, "last", every_n_train_steps=1, enable_version_counter=False)
-
-
-@pytest.mark.parametrize("stop", [1, 3, 4, 5])
-@pytest.mark.parametrize("depths", [None, (2, 3), (3, 2)])
-def test_resume_is_bit_equal(depths, stop, tmp_path):
-    """Before the switch (after 3 steps), at it and after it; the teacher grows from one block to two or three."""
-    options = {"method_options": {"depths": depths, "drop_path_rate": 0.2}}
-    whole = fit(tmp_path / "whole", **options)
-    with pytest.raises(Crash):
-        fit(tmp_path, [save_every_step(tmp_path), StopAt(stop)], **options)
-    resumed = fit(tmp_path, [save_every_step(tmp_path)], tmp_path / "last.ckpt", **options)
-    assert whole.teacher.depth == resumed.teacher.depth == (depths or (3, 3))[0]
-    assert whole.student.depth == resumed.student.depth == (depths or (3, 3))[1]
-    state = resumed.state_dict()
-    assert not [name for name, value in whole.state_dict().items() if not torch.equal(value, state[name])]
-
-
 @pytest.mark.parametrize("epochs", [1, 2])
 def test_resume_of_a_finished_stage(epochs, tmp_path):
     """A checkpoint of an epoch's end, from before the switch or of a finished run that is prolonged."""
@@ -358,31 +272,6 @@ def test_resume_of_a_finished_stage(epochs, tmp_path):
         fit(tmp_path, [at_epoch_end(), Stop()], max_epochs=3, **options)
     resumed = fit(tmp_path, [at_epoch_end()], tmp_path / "last.ckpt", max_epochs=3, **options).state_dict()
     assert not [name for name, value in whole.items() if not torch.equal(value, resumed[name])]
-
-
-RANKS_OPTIONS = {"drop_path_rate": 0.0, "depths": (2, 3)}
-
-
-def run_rank(rank, world, port, folder):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
-    os.environ["WORLD_SIZE"] = str(world)
-    method = fit(folder, ranks=world, precision="64-true", method_options=RANKS_OPTIONS)
-    torch.save(method.state_dict(), folder / f"rank{rank}.pt")
-
-
-@pytest.mark.ddp
-def test_ranks(tmp_path):
-    """Bit-equal after a switch to a deeper student, and equal to one rank with the whole batch."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(run_rank, (2, port, tmp_path), nprocs=2)
-    one = fit(tmp_path, precision="64-true", method_options=RANKS_OPTIONS).state_dict()
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
-    for name, value in one.items():
-        torch.testing.assert_close(first[name], value, rtol=1e-6, atol=1e-9)
-        assert torch.equal(first[name], second[name]), name
 
 
 def test_larger_teacher(tmp_path):

@@ -2,7 +2,8 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from harness import StoredViews, quiet_trainer
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -13,13 +14,6 @@ from ssl_distill.methods.dino import DINO
 from ssl_distill.optim.schedules import Cosine, EpochRamp
 from ssl_distill.targets.center import Center
 from ssl_distill.views import MultiCrop
-
-
-class StoredViews(nn.Module):
-    """The golden file's views come augmented."""
-
-    def forward(self, batch, draws):
-        return batch
 
 
 class StepsOfEpoch(Sampler):
@@ -125,19 +119,9 @@ def golden_dino(case):
 def fit(method, case, folder, parts=1, stop_after=None, ckpt_path=None):
     params = case.params
     recorder = Recorder(stop_after or params["run_epochs"] * params["niter_per_ep"])
-    trainer = Trainer(
-        max_epochs=params["epochs"],
-        accumulate_grad_batches=parts,
-        precision="64-true",
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        callbacks=[recorder, ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, every_n_epochs=1)],
-        enable_checkpointing=True,
-    )
+    at_epoch_end = ModelCheckpoint(folder, "last", save_on_train_epoch_end=True, every_n_epochs=1)
+    options = {"max_epochs": params["epochs"], "accumulate_grad_batches": parts, "precision": "64-true"}
+    trainer = quiet_trainer(folder, [recorder, at_epoch_end], **options)
     trainer.fit(method, StoredRun(case, parts), ckpt_path=ckpt_path)
     return recorder
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from harness import PerStep, StoredViews, quiet_trainer
+from lightning.pytorch import Callback, LightningDataModule
 from small_methods import small_ibot
-from torch import nn
 from torch.utils.data import DataLoader
 
 from ssl_distill.augment.masked_crop import MaskedCropAugment
@@ -14,13 +14,6 @@ from ssl_distill.methods.ibot import IBOT
 from ssl_distill.views import MaskedCrops
 
 EXPECT = {"rtol": 1e-9, "atol": 1e-8}
-
-
-class StoredViews(nn.Module):
-    """The golden file's views come augmented."""
-
-    def forward(self, batch, draws):
-        return batch
 
 
 class StoredRun(LightningDataModule):
@@ -40,18 +33,6 @@ class StoredRun(LightningDataModule):
         crops = [self.case.tensors[f"step{step}/view_{i}"] for i in range(num_global + self.case.params["local_crops"])]
         masked = self.case.tensors[f"step{step}/masks"].flatten(2)
         return MaskedCrops(torch.stack(crops[:num_global]), torch.stack(crops[num_global:]), masked)
-
-
-class PerStep:
-    """Stored values of a schedule."""
-
-    warmup_epochs = 0
-
-    def __init__(self, values):
-        self.values = values
-
-    def at(self, position):
-        return self.values[position.step]
 
 
 class PerEpoch(PerStep):
@@ -123,20 +104,8 @@ def test_golden(golden, tmp_path):
     case = golden("ibot/train_two_steps")
     method = golden_ibot(case)
     recorder = Recorder(case.params["grad_norm_order"])
-    Trainer(
-        max_epochs=case.params["epochs"],
-        reload_dataloaders_every_n_epochs=1,
-        log_every_n_steps=1,
-        precision="64-true",
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-        callbacks=[recorder],
-    ).fit(method, StoredRun(case))
+    options = {"max_epochs": case.params["epochs"], "reload_dataloaders_every_n_epochs": 1, "precision": "64-true"}
+    quiet_trainer(tmp_path, [recorder], **options).fit(method, StoredRun(case))
     assert len(recorder.steps) == 2
     for step, seen in enumerate(recorder.steps):
         expected = case.under(f"step{step}/")

@@ -1,15 +1,14 @@
-import os
-import socket
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
-from mokd_weights import in_float64, mlp_head_state, t_head_state
-from test_contract import Crash, StopAt, save_every_step, small_data, trainer_for
-from torch import multiprocessing, nn
+from harness import StoredViews, in_float64, quiet_trainer
+from lightning.pytorch import Callback
+from mokd_weights import mlp_head_state, t_head_state
+from small_methods import small_learner, small_mokd
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ssl_distill.augment.multi_crop import MultiCropAugment
@@ -45,15 +44,6 @@ class StoredFeatures(nn.Module):
 
     def forward_head(self, features, pre_logits):
         return features[:, 0] if features.ndim == 3 else features.mean((2, 3))
-
-
-class StoredViews(nn.Module):
-    def __init__(self, global_size):
-        super().__init__()
-        self.global_size = global_size
-
-    def forward(self, batch, draws):
-        return batch
 
 
 def golden_mokd(t, params):
@@ -101,19 +91,6 @@ def golden_mokd(t, params):
         for part, space in SPACES.items():
             method.targets_of(name, space).value.copy_(t[f"center_in_t_{name}_{part}"])
     return method
-
-
-def quiet_trainer(folder, **kwargs):
-    return Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **kwargs,
-    )
 
 
 class Recorder(Callback):
@@ -172,7 +149,7 @@ def test_golden(golden, tmp_path):
     batch, size, small = params["batch"], params["vit_global_grid"], params["vit_local_grid"]
     views = MultiCrop(torch.zeros(2, batch, 3, size, size), torch.zeros(params["n_local"], batch, 3, small, small))
     recorder = Recorder()
-    quiet_trainer(tmp_path, max_epochs=1, precision="64-true", callbacks=[recorder]).fit(
+    quiet_trainer(tmp_path, [recorder], max_epochs=1, precision="64-true").fit(
         method, DataLoader([views], batch_size=None)
     )
     expected = {key: t[key] for key in t if key.startswith(("grad_", "loss_", "center_out_", "query_"))}
@@ -276,29 +253,6 @@ def test_golden_parameter_groups(golden):
         assert found == set(params[f"frozen_in_first_epoch_{model}"])
 
 
-def small_learner(name, backbone, **kwargs):
-    return Learner(
-        name,
-        backbone,
-        head=partial(PrototypeHead, hidden_dim=32, bottleneck_dim=16, norm=nn.BatchNorm1d),
-        token_head=partial(THead, embed_dim=64, depth=1, num_heads=2),
-        learning_rate=Cosine(2e-3, 1e-5),
-        teacher_temperature=EpochRamp(0.04, 0.07, epochs=50),
-        **kwargs,
-    )
-
-
-def small_mokd(first="convnet_nano", second="vit_nano_patch8_32", num_local=2, **kwargs):
-    return MOKD(
-        small_learner("first", first),
-        small_learner("second", second, cross_weight=0.5),
-        num_prototypes=32,
-        augment=MultiCropAugment(global_size=32, local_size=16, num_local=num_local),
-        reference_batch=None,
-        **kwargs,
-    )
-
-
 def test_only_tokens_skip_the_projection():
     """Both backbones are as wide as the T-Heads."""
     t_head = partial(THead, embed_dim=128, depth=1, num_heads=2)
@@ -357,90 +311,6 @@ def test_a_run_moves_both_models(tmp_path):
         assert {name.split(".")[0] for name in moved} == {"student", "teacher"}
         assert all(value.isfinite().all() for value in method.state_dict().values())
         assert ("train/first_search" in trainer.callback_metrics) == bool(num_local)
-
-
-NO_BATCH_NORM = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16), "output_stride": 16}
-
-
-def contract_mokd(drop_path_rate=0.1):
-    """A ConvNet and a ViT without batch norm, whose statistics ranks do not share on CPUs."""
-    head = partial(PrototypeHead, hidden_dim=32, bottleneck_dim=16)
-    common = {"head": head, "drop_path_rate": drop_path_rate, "learning_rate": Cosine(1e-3, 1e-5, warmup_epochs=1)}
-    first = replace(small_learner("cnn", "convnext_atto"), backbone_kwargs=NO_BATCH_NORM, **common)
-    return MOKD(
-        first,
-        replace(small_learner("vit", "vit_nano_patch8_32"), **common),
-        num_prototypes=32,
-        augment=MultiCropAugment(global_size=32, local_size=16, num_local=2),
-        reference_batch=None,
-        momentum=Cosine(0.9, 1.0),
-    )
-
-
-def fit(folder, callbacks=(), ranks=1, ckpt_path=None, drop_path_rate=0.1, **kwargs):
-    seed_everything(0, verbose=False)
-    method = contract_mokd(drop_path_rate)
-    trainer_for(folder, callbacks, ranks, **kwargs).fit(method, small_data("mokd", ranks), ckpt_path=ckpt_path)
-    return method
-
-
-def test_teachers_obey_their_law(tmp_path):
-    """Both are the moving average of their own student, recomputed from the students of every step."""
-    expected = {}
-
-    class Recorder(Callback):
-        def on_train_start(self, trainer, pl_module):
-            expected.update({key: value.clone() for key, value in pl_module.teacher.named_parameters()})
-
-        def on_train_batch_end(self, trainer, pl_module, *args):
-            momentum = pl_module.momentum.at(pl_module.position._replace(step=trainer.global_step - 1))
-            for key, student in pl_module.student.named_parameters():
-                expected[key].mul_(momentum).add_(student.detach(), alpha=1 - momentum)
-
-    method = fit(tmp_path, [Recorder()])
-    assert method.trainer.global_step == 8
-    for key, teacher in method.teacher.named_parameters():
-        torch.testing.assert_close(teacher, expected[key], rtol=1e-5, atol=1e-6)
-    assert all(value.isfinite() for value in method.monitor().values())
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_resume_is_bit_equal(accumulate, tmp_path):
-    """Stopped in mid-epoch, at its end and in the second epoch, both optimisers' states included."""
-    options = {"accumulate_grad_batches": accumulate}
-    whole = fit(tmp_path, **options)
-    total = 8 // accumulate
-    for stop in (1, total // 2, total - 1):
-        folder = tmp_path / str(stop)
-        with pytest.raises(Crash):
-            fit(folder, [save_every_step(folder), StopAt(stop)], **options)
-        resumed = fit(folder, [save_every_step(folder)], ckpt_path=folder / "last.ckpt", **options)
-        torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
-        states = [method.trainer.optimizers[0].state_dict()["state"] for method in (resumed, whole)]
-        torch.testing.assert_close(*states, rtol=0, atol=0)
-
-
-def run_rank(rank, port, folder):
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), NODE_RANK="0")
-    os.environ["WORLD_SIZE"] = "2"
-    method = fit(folder, ranks=2, drop_path_rate=0.0, max_steps=4, precision="64-true")
-    torch.save(method.state_dict(), folder / f"rank{rank}.pt")
-
-
-@pytest.mark.ddp
-def test_ranks(tmp_path):
-    """Two ranks with half the batch each equal one: both students, both teachers, all four centers."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    multiprocessing.spawn(run_rank, (port, tmp_path), nprocs=2)
-    one = fit(tmp_path, drop_path_rate=0.0, max_steps=4, precision="64-true").state_dict()
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
-    assert sum(key.startswith("targets.") and bool(value.any()) for key, value in one.items()) >= 4
-    for key, value in one.items():
-        torch.testing.assert_close(first[key], value, rtol=1e-6, atol=1e-9, msg=lambda text, key=key: f"{key}: {text}")
-        assert torch.equal(first[key], second[key]), key
 
 
 def test_encoders_by_name():

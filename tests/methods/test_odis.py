@@ -1,6 +1,6 @@
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from harness import quiet_trainer
 from small_methods import small_crops, small_ibot, small_odis
 
 from ssl_distill.augment.object_crop import ObjectCropAugment
@@ -89,17 +89,9 @@ def test_nothing_masked_leaves_the_mask_token_in_the_graph():
 @pytest.mark.parametrize("missing", ["whole_image", "skip"])
 def test_health_tells_of_images_without_objects(missing, tmp_path):
     method = small_odis(augment=ObjectCropAugment(small_crops(), patch_size=8, min_area=0.05, missing=missing))
-    Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        log_every_n_steps=1,
-        limit_val_batches=0,
-        default_root_dir=tmp_path,
-    ).fit(method, ShapesData("scene", num_images=16, batch_size=8, bank_size=4, query_size=4))
+    quiet_trainer(tmp_path, max_epochs=1).fit(
+        method, ShapesData("scene", num_images=16, batch_size=8, bank_size=4, query_size=4)
+    )
     health = method.monitor()
     assert (health["valid_fraction"] == 1) == (missing == "whole_image")  # some scenes have no object so large
     assert health["valid_fraction"] > 0.1

@@ -4,7 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from harness import StoredViews, quiet_trainer
+from lightning.pytorch import Callback, LightningDataModule
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -176,13 +177,6 @@ def our_state(state, prototypes):
     return ours | {f"head.{name}": value for name, value in our_head_state(head, prototypes).items()}
 
 
-class AsStored(nn.Module):
-    mean, std = (0.0,) * 3, (1.0,) * 3
-
-    def forward(self, batch, draws):
-        return batch
-
-
 class StoredSteps(Dataset):
     def __init__(self, case):
         self.case = case
@@ -224,7 +218,7 @@ RANDOM_TEACHER = {
     "targets": partial(Center, momentum=1.0),  # it stays at 0
     "compare": matched_entropy,
     "teacher_life": FrozenTeacher,
-    "augment": AsStored(),
+    "augment": StoredViews(),
     "learning_rate": Cosine(1e-3, 1e-3),
     "weight_decay": Cosine(0.0, 0.0),
     "reference_batch": None,
@@ -233,23 +227,6 @@ RANDOM_TEACHER = {
     "freeze_last_layer_epochs": 0,
     "clip_norm": 0.0,
 }
-
-
-def trainer_for(folder, recorder, **kwargs):
-    return Trainer(
-        precision="64-true",
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=folder,
-        callbacks=[recorder],
-        max_epochs=1,
-        **kwargs,
-    )
 
 
 @pytest.mark.parametrize("behaviour", ["paper", "code"])
@@ -280,7 +257,7 @@ def test_golden(golden, tmp_path, behaviour):
         assert state.keys() <= getattr(method, branch).state_dict().keys()
     before = {name: value.clone() for name, value in method.teacher.state_dict().items()}
     recorder = Recorder()
-    trainer_for(tmp_path, recorder).fit(method, StoredRun(case))
+    quiet_trainer(tmp_path, [recorder], max_epochs=1, precision="64-true").fit(method, StoredRun(case))
 
     torch.testing.assert_close(torch.stack(recorder.losses), case.tensors["losses"], **EXPECT)
     torch.testing.assert_close(torch.stack(recorder.divergences), case.tensors["kls"], rtol=1e-6, atol=1e-9)
@@ -305,7 +282,7 @@ def test_golden_run_with_regularizers(golden, tmp_path):
         output_regularizers={"entropy": OutputEntropy(0.5)},
         **{**RANDOM_TEACHER, "student_temperature": 0.1},
     ).double()
-    trainer = trainer_for(tmp_path, Recorder())
+    trainer = quiet_trainer(tmp_path, [Recorder()], max_epochs=1, precision="64-true")
     trainer.fit(method, StoredRun(case))
     logged = trainer.callback_metrics
     total = logged["train/class"] + logged["train/koleo"] + logged["train/entropy"]

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from harness import PerStep, StoredViews, quiet_trainer
+from lightning.pytorch import Callback, LightningDataModule
 from small_methods import aligned_crops, small_udi
 from torch import nn
 from torch.utils.data import DataLoader
@@ -17,13 +18,6 @@ from ssl_distill.targets.consolidated import Consolidation, shrink_where_empty
 from ssl_distill.views import AlignedCrops, TokenPositions
 
 SRS_NAMES = {"srs.attn.qkv.": "srs.qkv.", "srs.attn.proj.": "srs.proj.", "srs.attn.norm.": "srs.norm2."}
-
-
-class StoredViews(nn.Module):
-    """The golden file's views come augmented."""
-
-    def forward(self, batch, draws):
-        return batch
 
 
 def positions_of(maps):
@@ -51,18 +45,6 @@ class StoredRun(LightningDataModule):
             positions_of(tensors["tgt_map_global"]),
             positions_of(local),
         )
-
-
-class PerStep:
-    """Stored values of a schedule, one step per epoch."""
-
-    warmup_epochs = 0
-
-    def __init__(self, values):
-        self.values = values
-
-    def at(self, position):
-        return self.values[position.step]
 
 
 def our_names(weights):
@@ -140,19 +122,8 @@ def golden_udi(case):
 def test_golden(golden, tmp_path):
     case = golden("udi/train_step")
     method, recorder = golden_udi(case), Recorder()
-    trainer = Trainer(
-        max_epochs=len(case.tensors["losses"]),
-        reload_dataloaders_every_n_epochs=1,
-        precision="64-true",
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-        callbacks=[recorder],
-    )
+    options = {"max_epochs": len(case.tensors["losses"]), "reload_dataloaders_every_n_epochs": 1}
+    trainer = quiet_trainer(tmp_path, [recorder], precision="64-true", **options)
     trainer.fit(method, StoredRun(case))
     tensors = case.tensors
     expect = {"rtol": 1e-7, "atol": 1e-9}
@@ -230,19 +201,7 @@ class GradientRecorder(Callback):
 def test_trains(num_local, precision, tmp_path):
     recorder = GradientRecorder()
     method = small_udi(augment=aligned_crops(num_local=num_local))
-    trainer = Trainer(
-        max_epochs=2,
-        precision=precision,
-        log_every_n_steps=1,
-        limit_val_batches=0,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-        callbacks=[recorder],
-    )
+    trainer = quiet_trainer(tmp_path, [recorder], max_epochs=2, precision=precision)
     trainer.fit(method, ShapesData(num_images=27, batch_size=8, bank_size=20, query_size=10))
     assert all(value.isfinite().all() for value in method.state_dict().values())
     assert recorder.without == []

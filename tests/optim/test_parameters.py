@@ -68,6 +68,7 @@ def test_golden_lars_is_not_timms(golden):
 def test_adamw_is_fused_and_equals_the_plain_one():
     torch.manual_seed(0)
     fused, plain = (nn.Parameter(torch.ones(5, 3, dtype=torch.float64)) for _ in range(2))
+    assert adamw([fused]).param_groups[0]["lr"] == 0  # schedules set it, and nobody forgets them unseen
     ours, theirs = adamw([fused]), torch.optim.AdamW([plain], lr=0.1, weight_decay=0.2)
     ours.param_groups[0].update(lr=0.1, weight_decay=0.2)
     for _ in range(3):

@@ -83,6 +83,15 @@ def test_warmup_longer_than_the_run_fills_it():
     assert EpochRamp(0.0, 1.0, epochs=10).at(Position(3, 6, 3)) == 1.0
 
 
+def test_warmup_starts_where_it_is_told_to():
+    schedule = Cosine(1.0, 0.0, warmup_epochs=1, warmup_from=0.2)
+    assert [schedule.at(Position(step, 10, 5)) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+
+
+def test_after_its_end_a_curve_stays_there():
+    assert EpochCosine(1.0, 0.1).value(12.0, 10.0) == pytest.approx(0.1)
+
+
 def test_only_the_peak_is_scaled():
     assert Cosine(1.0, 0.1, 2, 0.01).scaled(4) == Cosine(4.0, 0.1, 2, 0.01)
     assert EpochCosine(1.0, 0.1, 2).scaled(4) == EpochCosine(4.0, 0.1, 2)

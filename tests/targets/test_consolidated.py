@@ -209,12 +209,19 @@ def test_blend_of_probabilities_is_a_mixture():
     none = PatchVectors(torch.zeros(0, 2, 1, 2, 3), torch.zeros(0, 2, 1, 2))
     targets = consolidation(class_logits, points, none, nn.Identity(), 1.0)
     torch.testing.assert_close(targets.plus_global[0, 0], torch.tensor([0.5, 0.125, 0.375]), rtol=1e-4, atol=1e-5)
+    assert targets.plus_global[0, 0].sum() < 1  # by the constant that keeps the mean of no points finite
+
+
+def test_alpha_may_be_all_or_nothing():
+    for alpha in (0.0, 1.0):
+        assert Consolidation(4, alpha=alpha).alpha == alpha
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Consolidation(4, alpha=1.5), r"`alpha` must lie in \[0, 1\], got 1.5"),
+        (lambda: Consolidation(4, alpha=1.5), r"`alpha` .* got 1.5"),
+        (lambda: Consolidation(4, alpha=-0.5), r"`alpha` .* got -0.5"),
         (lambda: Center(4, momentum=-0.1), r"`momentum` must lie in \[0, 1\], got -0.1"),
         (
             lambda: paired_entropy(torch.ones(2, 1, 3), torch.ones(1, 1, 3), torch.ones(2, 1, 3)),

@@ -40,6 +40,13 @@ def test_any_number_of_keys():
     assert queue.keys[(queue.pointer - 1) % 5] == 11
 
 
+def test_a_queue_of_one():
+    queue = Queue(1, 2)
+    queue.observe(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    queue.update()
+    assert queue.keys.tolist() == [[1.0, 0.0]]
+
+
 def test_start():
     queue = Queue(100, 7)
     torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(100))

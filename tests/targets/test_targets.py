@@ -11,6 +11,7 @@ from ssl_distill.targets.sinkhorn import SinkhornKnopp
 
 def test_center_state_is_saved():
     center = Center(3)
+    assert set(center.state_dict()) == {"value"}
     center.observe(torch.ones(2, 4, 3))
     center.update()
     restored = Center(3)
@@ -30,6 +31,30 @@ def test_center_collects_batches_until_its_update():
     torch.testing.assert_close(at_once.value[0], 0.1 * logits.mean((0, 1)))
     torch.testing.assert_close(in_parts.value, at_once.value)
     assert idle.value.abs().max() == 0
+
+
+def test_rows_may_weigh_less_than_one():
+    center = Center(2, momentum=0.5)
+    center.observe_sum(torch.tensor([1.0, 2.0]) * 0.25, torch.tensor(0.25))
+    center.update()
+    assert center.value.tolist() == [[0.5, 1.0]]
+
+
+def test_no_gradient_flows_into_targets_and_memories():
+    logits = torch.randn(4, 3, requires_grad=True)
+    center = Center(3)
+    center.observe(logits)
+    center.observe_sum(logits.sum(0), torch.tensor(4.0))
+    assert not center.observed.requires_grad
+    center.update()
+    for targets in (center, SinkhornKnopp(3)):
+        assert not targets(logits, 0.1).requires_grad
+
+
+def test_default_iterations_are_dinov2s(golden):
+    logits = torch.randn(2, 4, 6)
+    iterations = golden("dino/v2_sinkhorn_loss").params["n_iterations"]
+    torch.testing.assert_close(SinkhornKnopp(6)(logits, 0.5), SinkhornKnopp(6, iterations)(logits, 0.5))
 
 
 def test_sinkhorn_uses_all_prototypes_equally():
@@ -60,6 +85,15 @@ def test_health_tells_collapse_from_learning():
     assert healthy["mean_output_entropy"] == pytest.approx(torch.tensor(8.0).log().item())
     assert healthy["teacher_entropy"] == 0
     assert healthy["prototypes_used"] == 1
+    assert healthy["max_probability"] == 1
+    assert output_health(one_prototype, loss, features)["max_probability"] == 1
+    assert output_health(uniform, loss, features)["max_probability"] == 1 / 8
+    assert output_health(one_prototype, loss, features)["prototypes_used"] == 1 / 8
+    assert healthy["feature_std"] <= 1
+    # A half of 16 dimensions is used, each by one of 8 images.
+    one_hot = output_health(spread, loss, torch.eye(8, 16).expand(1, 8, 16))
+    assert one_hot["feature_std"] == pytest.approx(7**0.5 / 4)
+    assert output_health(spread, loss, features, torch.full((1, 4), 2.0))["center_norm"] == 4
     assert output_health(one_prototype, loss, features)["mean_output_entropy"] == 0
     assert output_health(uniform, loss, features)["kl"] == pytest.approx(2 - torch.tensor(8.0).log().item(), abs=1e-5)
     constant = output_health(spread, loss, torch.ones_like(features))
