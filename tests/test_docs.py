@@ -94,6 +94,16 @@ def test_python_blocks_run(block, desk, monkeypatch):
     exec(compile(block.text, block.page, "exec"), {"__name__": "block"})
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_pipelines_from_a_file(desk, monkeypatch):
+    """The configuration on the page about augmentation trains."""
+    monkeypatch.chdir(desk)
+    (text,) = (block.text for block in blocks("yaml") if block.page == "docs/augmentation.md")
+    Path("pipelines.yaml").write_text(text)
+    options = ["--trainer.fast_dev_run", "1", "--data.init_args.batch_size", "4"]
+    assert main(["fit", "-c", "configs/quickstart.yaml", "-c", "pipelines.yaml", *options]) == 0
+
+
 def test_plain_loop_example():
     example = runpy.run_path(str(ROOT / "docs/examples/plain_loop.py"))
     assert 0.05 < example["main"](num_images=256, num_epochs=1) <= 1
