@@ -13,6 +13,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,6 +85,13 @@ def jittered(step: str) -> Callable[[Tensor, Tensor], Tensor]:
     return change
 
 
+def whole_jitter(images: Tensor, amount: Tensor) -> Tensor:
+    """All four sub-steps, an order per picture."""
+    images = images.clone()
+    jitter(images, amount[:, None].expand(-1, 3), (amount - 1) / 4, torch.arange(len(images)) % 24)
+    return images
+
+
 def cropped(images: Tensor) -> tuple[int, int, int, int]:
     """Top, left, height and width of a crop."""
     size = images.shape[-1]
@@ -103,7 +111,7 @@ def kornia_crop(images: Tensor, amount: Tensor) -> Tensor:
     top, left, height, width = cropped(images)
     corners = [[left, top], [left + width - 1, top], [left + width - 1, top + height - 1], [left, top + height - 1]]
     boxes = torch.tensor([corners]).float().expand(len(images), 4, 2)
-    return warp.crop_and_resize(images, boxes, images.shape[-2:], mode="bicubic").clamp(0, 1)
+    return warp.crop_and_resize(images, boxes, (images.shape[-2], images.shape[-1]), mode="bicubic").clamp(0, 1)
 
 
 def torchvision_crop(image: Tensor, amount: float) -> Tensor:
@@ -122,7 +130,7 @@ def kornia_perspective(images: Tensor, amount: Tensor) -> Tensor:
     """By the matrix of four corners, which PIL counts from the edges of pixels and kornia from their middles."""
     start, end = (torch.tensor([points]) - 0.5 for points in corners_of(images.shape[-1]))
     matrix = warp.get_perspective_transform(start, end).expand(len(images), 3, 3)
-    return warp.warp_perspective(images, matrix, images.shape[-2:], align_corners=True)
+    return warp.warp_perspective(images, matrix, (images.shape[-2], images.shape[-1]), align_corners=True)
 
 
 MEAN, STD = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
@@ -148,15 +156,7 @@ OPERATORS = {
     ),
     "jitter, all four": Operator(
         None,
-        lambda images, amount: (
-            jitter(
-                copy := images.clone(),
-                amount[:, None].expand(-1, 3),
-                (amount - 1) / 4,
-                torch.arange(len(images)) % 24,
-            )
-            or copy
-        ),
+        whole_jitter,
         lambda images, amount: K.ColorJitter(0.4, 0.4, 0.4, 0.1)(images),
         lambda image, amount: v2.adjust_hue(
             v2.adjust_saturation(v2.adjust_contrast(v2.adjust_brightness(image, amount), amount), amount),
@@ -220,13 +220,14 @@ def sides(operator: Operator, count: int, size: int) -> dict[str, Callable[[], T
     """The libraries on the same pictures."""
     images = pictures(count, size).float() / 255
     amount = torch.linspace(*operator.amount, count)
-    amounts, found = amount.tolist(), {}
+    found: dict[str, Callable[[], Tensor]] = {}
     for name, work in (("ours", operator.ours), ("kornia", operator.kornia)):
         if work is not None:
-            found[name] = lambda work=work: work(images, amount)
+            found[name] = partial(work, images, amount)
     single = operator.torchvision
     if single is not None:
-        found["torchvision"] = lambda: torch.stack([single(*each) for each in zip(images, amounts, strict=True)])
+        pairs = list(zip(images, amount.tolist(), strict=True))
+        found["torchvision"] = lambda: torch.stack([single(*pair) for pair in pairs])
     return found
 
 
