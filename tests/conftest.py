@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -13,8 +14,11 @@ from jsonargparse import _common
 from safetensors import safe_open
 from torch import Tensor
 
-# Shapes in signatures are checked while tests run, in the parts that are used alone.
-_CHECKED = ("losses", "targets", "heads", "augment", "backbones", "evaluate", "optim", "draws", "distributed", "lidar")
+# Shapes in signatures are checked while tests run, in the parts that compute.
+_CHECKED = (
+    "augment", "backbones", "data", "detection", "distributed", "draws", "evaluate", "heads", "lidar", "losses",
+    "methods", "optim", "targets",
+)  # fmt: skip
 install_import_hook([f"ssl_distill.{part}" for part in _CHECKED], "shape_checks.check")
 
 torch.set_num_threads(1)
@@ -71,6 +75,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SSL_DISTILL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """As users run it: arguments of other types than annotated reach our own checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

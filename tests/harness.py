@@ -9,6 +9,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch import multiprocessing, nn
 
+from ssl_distill.optim.schedules import Cosine, EpochRamp
+
 
 class StoredViews(nn.Module):
     """In place of an augmentation: batches are views already."""
@@ -23,13 +25,14 @@ class StoredViews(nn.Module):
         return batch
 
 
-class PerStep:
-    """Stored values of a schedule."""
+class PerStep(Cosine, EpochRamp):
+    """Stored values in place of a schedule."""
 
-    warmup_epochs = 0
+    warmup_epochs = 0.0
 
     def __init__(self, values):
-        self.values = values
+        Cosine.__init__(self, values[0], values[-1])
+        object.__setattr__(self, "values", values)
 
     def at(self, position):
         return self.values[position.step]

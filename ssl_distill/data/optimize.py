@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch.utils.data import DataLoader
 
@@ -24,6 +24,7 @@ _MOST_BYTES = 2**32 - 2**20  # of a shard: LitData counts them in 32 bits
 Item = dict[str, bytes | str]
 
 
+@runtime_checkable
 class Items(Protocol):
     """What is written: dicts with the same keys, each made when asked for."""
 

@@ -1,6 +1,6 @@
 """A detector fine-tuned for a fixed schedule, to compare backbones with."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -86,14 +86,14 @@ class DetectionProbe(LightningModule):
         self.milestones = milestones
         self.metric = metric()
 
-    def training_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Sequence[Any], batch_idx: int) -> Tensor:
         """Sum of the detector's losses."""
         images, targets = batch
         losses = self.detector(images, targets)
         self.log_dict({f"detection/{name}": loss.detach() for name, loss in losses.items()}, batch_size=len(images))
         return torch.stack(list(losses.values())).sum()
 
-    def validation_step(self, batch: tuple[list[Tensor], list[dict[str, Tensor]]], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[Any], batch_idx: int) -> None:
         """Compare detections with targets."""
         images, targets = batch
         detections = self.detector(images)

@@ -277,6 +277,6 @@ def test_only_images_with_objects_stand_in_where_evaluators_read(tmp_path):
         ({"val_images": "."}, "`val_images` and `val_annotations` must be given together"),
     ],
 )
-def test_errors_of_arguments(kwargs, message, tmp_path):
+def test_errors_of_arguments(kwargs, message, tmp_path, unchecked):
     with pytest.raises(ValueError, match=message):
         CocoObjectsData(**{"images": str(tmp_path), "annotations": write(tmp_path, []), **kwargs})

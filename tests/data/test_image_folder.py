@@ -200,7 +200,7 @@ def test_a_folders_pictures_are_upright(tmp_path):
         torch.testing.assert_close(image, expected)
 
 
-def test_errors(tmp_path, classes):
+def test_errors(tmp_path, classes, unchecked):
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "notes.md").write_text("no image")

@@ -106,7 +106,7 @@ def test_masks_have_the_area_of_their_shapes():
         assert measured == pytest.approx(AREAS[name], rel=0.12), name
 
 
-def test_errors():
+def test_errors(unchecked):
     for arguments, message in (
         ({"mode": "other"}, "`mode` must be one of single, scene, got other"),
         ({"num_images": 0}, "`num_images` must be at least 1, got 0"),

@@ -117,6 +117,6 @@ def test_torchvision_takes_it(name):
         ("resnet19", {}, "`backbone` 'resnet19' is not a timm model"),
     ],
 )
-def test_errors(name, arguments, message):
+def test_errors(name, arguments, message, unchecked):
     with pytest.raises(ValueError, match=message):
         backbone_with_fpn(name, 8, **arguments)

@@ -290,7 +290,7 @@ def test_an_image_without_objects(tmp_path):
     assert all(loss.isfinite() for loss in losses.values())
 
 
-def test_errors(tmp_path):
+def test_errors(tmp_path, unchecked):
     encoder = create_backbone("convnet_nano")
     with pytest.raises(ValueError, match="`num_classes` must be at least 2, background included, got 1"):
         DenseLinearProbe(encoder, 1, 32)

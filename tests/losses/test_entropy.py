@@ -210,7 +210,7 @@ def test_errors():
             call()
 
 
-def test_defaults_are_the_official_codes(golden):
+def test_golden_defaults(golden):
     kappa = golden("entropy_reconstruction/entropy_sphere_d8").params["kappa"]
     unit = F.normalize(torch.randn(2, 6, 4, requires_grad=True), dim=-1)
     for estimator in (leave_one_out_entropy, resubstitution_entropy, plug_in_entropy):

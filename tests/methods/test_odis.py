@@ -6,6 +6,7 @@ from small_methods import small_crops, small_ibot, small_odis
 from ssl_distill.augment.object_crop import ObjectCropAugment
 from ssl_distill.data.shapes import ShapesData
 from ssl_distill.losses.object_view import mean_over_images, mean_over_valid
+from ssl_distill.optim.parameters import adamw
 from ssl_distill.views import MaskedCrops, ObjectCrops
 
 
@@ -72,7 +73,7 @@ def test_nothing_valid(average):
     torch.stack(list(terms.values())).sum().backward()
     without = [name for name, p in method.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
-    method.on_before_optimizer_step(None)
+    method.on_before_optimizer_step(adamw(method.student.parameters()))
     assert torch.equal(method.object_center.value, before)
     assert method.patch_center.value.any()
 

@@ -12,7 +12,7 @@ from ssl_distill.heads.prototype import PrototypeHead, UnitPrototypes
 from ssl_distill.heads.srs import SampledAttention
 from ssl_distill.heads.token import TokenHead
 from ssl_distill.methods.udi import UDI
-from ssl_distill.optim.parameters import clip_each_tensor
+from ssl_distill.optim.parameters import adamw, clip_each_tensor
 from ssl_distill.optim.schedules import Cosine, EpochRamp, Position
 from ssl_distill.targets.consolidated import Consolidation, shrink_where_empty
 from ssl_distill.views import AlignedCrops, TokenPositions
@@ -230,7 +230,7 @@ def test_class_tokens_are_clipped_together():
     backbone.pos_embed.grad = torch.full_like(backbone.pos_embed, 3.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(UDI, "clip_gradients", lambda *args, **kwargs: None)
-        method.configure_gradient_clipping(None, gradient_clip_val=None)
+        method.configure_gradient_clipping(adamw(method.student.parameters()), gradient_clip_val=None)
     norms = [token.grad.norm() for token in tokens]
     torch.testing.assert_close(torch.stack(norms).norm(), torch.tensor(1.0))
     torch.testing.assert_close(norms[0], norms[1])

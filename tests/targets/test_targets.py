@@ -51,7 +51,7 @@ def test_no_gradient_flows_into_targets_and_memories():
         assert not targets(logits, 0.1).requires_grad
 
 
-def test_default_iterations_are_dinov2s(golden):
+def test_golden_default_iterations(golden):
     logits = torch.randn(2, 4, 6)
     iterations = golden("dino/v2_sinkhorn_loss").params["n_iterations"]
     torch.testing.assert_close(SinkhornKnopp(6)(logits, 0.5), SinkhornKnopp(6, iterations)(logits, 0.5))
