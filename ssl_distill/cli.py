@@ -42,7 +42,7 @@ config or option overrides an earlier one.
 A config names classes, which are imported. `fit` imports any; `validate`, `test`, `predict`, `export` and `convert`
 take --trust for such as are not of ssl_distill, torch, timm, lightning, torchvision, torchmetrics or kornia.
 
-SSL_DISTILL_DEBUG=1 shows the traceback of an error."""
+--debug, or SSL_DISTILL_DEBUG=1, shows the traceback of an error."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -55,6 +55,8 @@ def main(args: list[str] | None = None) -> int:
         SystemExit: With code 75 on SIGTERM or SIGUSR1, 130 on Ctrl-C; `fit` saves its step before.
     """
     args = sys.argv[1:] if args is None else args
+    debug = "--debug" in args or bool(os.environ.get("SSL_DISTILL_DEBUG"))
+    args = [each for each in args if each != "--debug"]
     if not args or args[0] in ("-h", "--help", "help"):
         print(_HELP.format(commands="\n".join(f"  {name:<10}{text}" for name, text in _COMMANDS.items())))
         return 0
@@ -65,7 +67,7 @@ def main(args: list[str] | None = None) -> int:
         with stopping_now():
             _run(args[0], args[1:])
     except (ValueError, OSError, argparse.ArgumentError) as error:
-        if os.environ.get("SSL_DISTILL_DEBUG"):
+        if debug:
             raise
         from ssl_distill.commands.explain import one_line
 

@@ -333,6 +333,11 @@ BAD_COMMANDS = [
 
 BAD_OPTIONS = [
     ("extra", "'extra' belongs to no option"),
+    ("--trainer.devices 99x", "`trainer.devices` 99x here"),
+    ("--trainer.accelerator tpu", "`trainer.accelerator` tpu and"),
+    ("--trainer.check_val_every_n_epoch 0", "`trainer.check_val_every_n_epoch` must be at least 1, got 0"),
+    ("--trainer.accumulate_grad_batches 0", "`trainer.accumulate_grad_batches` must be at least 1, got 0"),
+    ("--model.student_temperature 0", "`student_temperature` must be above 0, got 0.0"),
     ("--trainer.max_epoch 3", "`trainer.max_epoch` is no argument; did you mean `trainer.max_epochs`?"),
     ("--trainer.max_epochs three", "`trainer.max_epochs`: must be one of int, null, got three"),
     ("--trainer.logger WandbLoger", "no class WandbLoger; did you mean lightning.pytorch.loggers.WandbLogger?"),
@@ -423,3 +428,8 @@ def test_debug_shows_the_traceback(tiny, monkeypatch):
     monkeypatch.setenv("SSL_DISTILL_DEBUG", "1")
     with pytest.raises(ValueError, match="is no argument"):
         main(["fit", "-c", tiny, "--trainer.max_epoch", "1"])
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="there is no command 'fitt'"):
+        main(["fitt", "--debug"])

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -251,7 +252,8 @@ def mutants_of(file: str, source: str) -> Iterator[Mutant]:
                 del function.decorator_list[index]
                 yield Mutant(file, function.lineno, "no_grad", f"not on {function.name}", ast.unparse(tree))
                 function.decorator_list.insert(index, decorator)
-        for body in [each.body for each in ast.walk(function) if isinstance(getattr(each, "body", None), list)]:
+        bodies: list[Any] = [getattr(each, "body", None) for each in ast.walk(function)]
+        for body in (each for each in bodies if isinstance(each, list)):
             for index in range(len(body) - 1):
                 first, second = body[index : index + 2]
                 if swappable(function, first, second):

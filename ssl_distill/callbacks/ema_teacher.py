@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssl_distill.callbacks.logged_step import is_logged_step
 from ssl_distill.distributed import local_parts
-from ssl_distill.optim.schedules import Cosine
+from ssl_distill.optim.schedules import Cosine, check_values
 from ssl_distill.sharding import divided_like, whole
 
 
@@ -52,6 +52,7 @@ class EMATeacher(Callback):
     """
 
     def __init__(self, pairs: Sequence[tuple[nn.Module, nn.Module]], momentum: Cosine) -> None:
+        check_values(0, 1, momentum=momentum)
         self.pairs = pairs
         self.momentum = momentum
         self._running: list[list[Tensor] | None] = [None for _ in pairs]

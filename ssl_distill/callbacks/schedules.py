@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from ssl_distill.callbacks.logged_step import is_logged_step
-from ssl_distill.optim.schedules import Schedule, warn_if_warmup_exceeds_run
+from ssl_distill.optim.schedules import Schedule, check_values, warn_if_warmup_exceeds_run
 
 
 def global_batch_of(trainer: Trainer) -> int:
@@ -30,6 +30,7 @@ class Schedules(Callback):
     def __init__(self, learning_rate: Schedule, weight_decay: Schedule, reference_batch: int | None = 256) -> None:
         if reference_batch is not None and reference_batch < 1:
             raise ValueError(f"`reference_batch` must be at least 1 or null, got {reference_batch}.")
+        check_values(0, learning_rate=learning_rate, weight_decay=weight_decay)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.reference_batch = reference_batch

@@ -117,8 +117,16 @@ class CommandLine(LightningCLI):
         return self.config[self.subcommand] if self.subcommand else self.config
 
     def before_instantiate_classes(self) -> None:
-        """Choose the run folder and the checkpoint."""
+        """Choose the run folder and the checkpoint.
+
+        Raises:
+            ValueError: If a count of the trainer is below 1, or there is no such checkpoint.
+        """
         section = self.section
+        for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+            count = section.trainer[name]
+            if count is not None and count < 1:
+                raise ValueError(f"`trainer.{name}` must be at least 1, got {count}.")
         root = Path(section.trainer.default_root_dir or f"runs/{section.model.class_path.rpartition('.')[2].lower()}")
         self._checkpoint: dict[str, Any] | None = None
         if name := section.get("ckpt_path"):
@@ -163,9 +171,14 @@ class CommandLine(LightningCLI):
         plugins = _as_list(given["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(AtomicCheckpointIO())
-        return super().instantiate_trainer(
-            callbacks=[*_as_list(given["callbacks"]), *ours.values()], logger=loggers, plugins=plugins, **kwargs
-        )
+        callbacks = [*_as_list(given["callbacks"]), *ours.values()]
+        try:
+            return super().instantiate_trainer(callbacks=callbacks, logger=loggers, plugins=plugins, **kwargs)
+        except (TypeError, ImportError, MisconfigurationException) as error:  # what Lightning refuses devices with
+            raise ValueError(
+                f"there is no trainer with `trainer.accelerator` {given['accelerator']} and `trainer.devices`"
+                f" {given['devices']} here: {str(error).splitlines()[0]}"
+            ) from error
 
     def after_instantiate_classes(self) -> None:
         """Refuse a checkpoint that does not fit, and leave in the run folder what was run and where."""

@@ -31,6 +31,8 @@ def check_root(argument: str, root: str) -> Path:
     """
     path = Path(root).expanduser()
     rule = f"`{argument}` must be a folder of images or of shards, a .tar, or a .txt or .csv list"
+    if not root:
+        raise ValueError(f"{rule}, got an empty path.")
     if not path.exists():
         raise ValueError(f"{rule}, {root} does not exist.")
     if path.is_file() and path.suffix.lower() not in (".txt", ".csv", ".tar"):

@@ -20,7 +20,7 @@ from ssl_distill.heads.start import start_equal
 from ssl_distill.losses.cross_view import cross_view_entropy
 from ssl_distill.methods.base import Distiller
 from ssl_distill.optim.parameters import adamw
-from ssl_distill.optim.schedules import Cosine, EpochRamp
+from ssl_distill.optim.schedules import Cosine, EpochRamp, check_values
 from ssl_distill.targets.center import Center
 from ssl_distill.targets.health import output_health
 from ssl_distill.views import MultiCrop
@@ -99,6 +99,7 @@ class DINO(Distiller[MultiCrop]):
         self.weight_decay = weight_decay
         self.reference_batch = reference_batch
         self.momentum = momentum
+        check_values(0, above=True, student_temperature=student_temperature, teacher_temperature=teacher_temperature)
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
         self.freeze_last_layer_epochs = freeze_last_layer_epochs

@@ -24,7 +24,7 @@ from ssl_distill.losses.matched import matched_entropy
 from ssl_distill.methods.base import Distiller
 from ssl_distill.optim.joint import JointOptimizer, momentum_sgd
 from ssl_distill.optim.parameters import adamw, decay_groups
-from ssl_distill.optim.schedules import Cosine, EpochRamp
+from ssl_distill.optim.schedules import Cosine, EpochRamp, check_values
 from ssl_distill.optim.token_groups import token_head_on_partner
 from ssl_distill.targets.center import Center
 from ssl_distill.targets.health import output_health
@@ -183,6 +183,7 @@ class MOKD(Distiller[MultiCrop]):
         self.num_prototypes = num_prototypes
         self.reference_batch = reference_batch
         self.momentum = momentum
+        check_values(0, above=True, student_temperature=student_temperature, cross_temperature=cross_temperature)
         self.student_temperature = student_temperature
         self.cross_temperature = cross_temperature
         self.freeze_last_layer_epochs = freeze_last_layer_epochs

@@ -20,7 +20,7 @@ from ssl_distill.losses.masked_token import masked_token_entropy
 from ssl_distill.losses.object_view import mean_over_valid, object_view_entropy
 from ssl_distill.methods.base import Distiller
 from ssl_distill.optim.parameters import adamw
-from ssl_distill.optim.schedules import Cosine, EpochRamp
+from ssl_distill.optim.schedules import Cosine, EpochRamp, check_values
 from ssl_distill.targets.center import Center
 from ssl_distill.targets.health import output_health
 from ssl_distill.views import ObjectCrops
@@ -95,6 +95,13 @@ class ODIS(Distiller[ObjectCrops]):
         self.weight_decay = weight_decay
         self.reference_batch = reference_batch
         self.momentum = momentum
+        check_values(
+            0,
+            above=True,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            patch_temperature=patch_temperature,
+        )
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
         self.patch_temperature = patch_temperature

@@ -26,7 +26,7 @@ from ssl_distill.losses.pixel_contrast import pixel_contrast
 from ssl_distill.losses.pixel_pairs import PixelPairs, same_view
 from ssl_distill.methods.base import Distiller
 from ssl_distill.optim.lars import LARS
-from ssl_distill.optim.schedules import Cosine, EpochCosine
+from ssl_distill.optim.schedules import Cosine, EpochCosine, check_values
 from ssl_distill.targets.queue import Queue
 from ssl_distill.views import TwoViews
 
@@ -135,6 +135,7 @@ class PCD(Distiller[TwoViews]):
         self.queue = Queue(queue_size, teacher_sizes[0])
         self.pairing = pairing
         self.teacher_maps = teacher_maps
+        check_values(0, above=True, temperature=temperature)
         self.temperature = temperature
         self.chunk_size = chunk_size
         self.learning_rate = learning_rate

@@ -22,7 +22,7 @@ from ssl_distill.losses.consolidated import paired_entropy, point_entropy
 from ssl_distill.losses.cross_view import cross_view_entropy
 from ssl_distill.methods.base import Distiller
 from ssl_distill.optim.parameters import adamw, clip_each_tensor
-from ssl_distill.optim.schedules import Cosine, EpochRamp
+from ssl_distill.optim.schedules import Cosine, EpochRamp, check_values
 from ssl_distill.targets.consolidated import Consolidation
 from ssl_distill.targets.health import output_health
 from ssl_distill.views import AlignedCrops
@@ -104,6 +104,7 @@ class UDI(Distiller[AlignedCrops]):
         self.weight_decay = weight_decay
         self.reference_batch = reference_batch
         self.momentum = momentum
+        check_values(0, above=True, student_temperature=student_temperature, teacher_temperature=teacher_temperature)
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
         self.freeze_last_layer_epochs = freeze_last_layer_epochs

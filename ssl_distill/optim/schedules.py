@@ -47,6 +47,30 @@ class Schedule(Protocol):
         """The same curve with another peak."""
 
 
+def check_values(least: float, most: float = math.inf, above: bool = False, **knobs: object) -> None:
+    """Refuse numbers and schedules that leave a range.
+
+    Args:
+        least: Smallest value.
+        most: Largest value.
+        above: Whether `least` itself is refused too.
+        **knobs: Numbers, or schedules whose ends are looked at, by the names of the arguments.
+
+    Raises:
+        ValueError: If one does.
+    """
+    for name, knob in knobs.items():
+        ends = [knob] if isinstance(knob, (int, float)) else [getattr(knob, end, None) for end in _ENDS]
+        for value in ends:
+            if value is not None and not (least < value <= most or (value == least and not above)):
+                rule = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+                rule = f"above {least:g}" if above else rule
+                raise ValueError(f"`{name}` must be {rule}, got {value}.")
+
+
+_ENDS = ("start", "end", "warmup_from")
+
+
 @dataclass(frozen=True)
 class Cosine:
     """Linear warm-up from `warmup_from` to `start`, then half a cosine towards `end`; equal ends make a constant.

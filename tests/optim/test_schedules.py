@@ -1,8 +1,17 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from ssl_distill.optim.schedules import Cosine, EpochCosine, EpochRamp, Position, warn_if_warmup_exceeds_run
+from ssl_distill.optim.schedules import (
+    Cosine,
+    EpochCosine,
+    EpochRamp,
+    Position,
+    check_values,
+    warn_if_warmup_exceeds_run,
+)
 
 
 def test_golden(golden):
@@ -101,3 +110,18 @@ def test_only_the_peak_is_scaled():
 def test_errors(curve):
     with pytest.raises(ValueError, match="`warmup_epochs` must be at least 0, got -1"):
         curve(1.0, 0.0, warmup_epochs=-1)
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "above", "knob", "message"),
+    [
+        (0, math.inf, False, Cosine(-1e-3, 0.0), "`knob` must be at least 0, got -0.001"),
+        (0, 1, False, Cosine(0.996, 1.2), "`knob` must be from 0 to 1, got 1.2"),
+        (0, math.inf, True, EpochRamp(0.0, 0.07, 30), "`knob` must be above 0, got 0.0"),
+        (0, math.inf, True, 0, "`knob` must be above 0, got 0"),
+    ],
+)
+def test_values_out_of_range(least, most, above, knob, message):
+    with pytest.raises(ValueError, match=message):
+        check_values(least, most, above, knob=knob)
+    check_values(-2, 2, above, knob=knob)
