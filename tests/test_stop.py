@@ -205,3 +205,30 @@ def test_a_run_is_prolonged(command, whole, capsys):
     for encoder in ("teacher", "student"):
         now, baseline = (100 * entry["scores"][encoder]["knn_top1"] for entry in (after[-1], before[0]))
         assert f"{encoder} knn_top1 {now:.1f} % (baseline {baseline:.1f} %)" in printed
+
+
+def test_a_run_that_is_under_way_is_left_alone_until_it_is_killed(command, capsys):
+    """Its loader processes outlive it by some seconds; the next start does not wait for them."""
+    long = [*command, "--trainer.max_epochs", "100000", "--trainer.limit_val_batches", "0", "--data.num_workers", "2"]
+    long += ["--last_checkpoint.every_n_train_steps", "1"]
+    process = subprocess.Popen([sys.executable, "-m", "ssl_distill.cli", *long], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 200
+        while not Path("run/last.ckpt").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        again = [*long, "--ckpt_path", "last"]
+        assert main(again) == 2
+        assert f"error: run is in use by process {process.pid} on " in capsys.readouterr().err
+        loaders = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        assert len(loaders) >= 2
+    finally:
+        process.kill()
+    process.wait()
+    assert any(Path(f"/proc/{pid}").exists() for pid in loaders)
+    step = torch.load("run/last.ckpt", weights_only=True)["global_step"]
+    absolute = [*long, "--ckpt_path", str(Path("run/last.ckpt").absolute()), "--trainer.max_steps", str(step + 1)]
+    assert main(absolute) == 0
+    assert torch.load("run/last.ckpt", weights_only=True)["global_step"] == step + 1
+    assert {path.name for path in Path().iterdir()} == {"run"}

@@ -137,7 +137,11 @@ def test_slurm_script(code, queued, tmp_path):
     assert ("requeue 7" in first.stdout) == queued
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last.ckpt").touch()
+    (tmp_path / "run" / "run.lock").touch()
     second = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (tmp_path / "run" / "run.lock").exists()
+    subprocess.run(command, capture_output=True, env=environment | {"SLURM_RESTART_COUNT": "1"})
+    assert not (tmp_path / "run" / "run.lock").exists()
     assert f"--trainer.default_root_dir {tmp_path}/run --ckpt_path last\n" in second.stdout
 
 

@@ -1,4 +1,7 @@
+import json
 import os
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from ssl_distill.commands.folders import find_checkpoint, run_folder
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("LOCAL_RANK", "SLURM_PROCID"):  # which a Trainer of another test may have set
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"):  # which a Trainer of another test may have set
         monkeypatch.delenv(name, raising=False)
 
 
@@ -53,13 +56,16 @@ def test_ranks_that_lightning_starts_are_told(monkeypatch):
 
 def test_ranks_that_torchrun_starts_agree(monkeypatch):
     finished("a")
-    monkeypatch.setenv("LOCAL_RANK", "1")
     with ExitStack() as stack:
         folders = []
-        for _ in range(2):
+        for rank in range(2):
+            monkeypatch.setenv("LOCAL_RANK", str(rank))
             folders.append(str(stack.enter_context(run_folder(Path("a"), None))))
             os.environ.pop("SSL_DISTILL_RUN_FOLDER")
         assert folders == ["a-2", "a-2"]
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        with pytest.raises(ValueError, match=f"a-2 is in use by process {os.getpid()} on"):
+            stack.enter_context(run_folder(Path("a"), None))
 
 
 def test_resuming():
@@ -69,6 +75,73 @@ def test_resuming():
     assert chosen("a", "a-2/last.ckpt") == "a-2"
     assert chosen("a", "elsewhere/last.ckpt") == "a-3"
     assert str(find_checkpoint("elsewhere/last.ckpt", Path("a"))) == "elsewhere/last.ckpt"
+    assert chosen("a", Path("a-2/last.ckpt").absolute()) == "a-2"  # however it is written
+    assert chosen(Path("a").absolute(), "a/last.ckpt") == str(Path("a").absolute())
+    Path("link").symlink_to("a-10")
+    assert chosen("a", "link/last.ckpt") == "a-10"
+
+
+def test_names_that_are_patterns():
+    finished("g[1]", "g[1]-2", "g1-3", "*", "a-2")
+    assert str(find_checkpoint("last", Path("g[1]"))) == "g[1]-2/last.ckpt"
+    assert chosen("g[1]", "g[1]-2/last.ckpt") == "g[1]-2"
+    assert str(find_checkpoint("last", Path("*"))) == "*/last.ckpt"
+
+
+def lock_of(**changed):
+    """A lock as this very process would hold it, but for what is changed."""
+    with run_folder(Path("probe"), None):
+        return json.dumps({**json.loads(Path("probe/run.lock").read_text()), **changed})
+
+
+def test_a_run_that_is_gone_on_with_while_it_is_under_way():
+    finished("a")
+    with run_folder(Path("a"), Path("a/last.ckpt")):
+        os.environ.pop("SSL_DISTILL_RUN_FOLDER")
+        with pytest.raises(ValueError, match=rf"a is in use by process {os.getpid()} on .* stop it by `kill"):
+            chosen("a", "a/last.ckpt")
+        assert Path("a/run.lock").exists()
+    assert chosen("a", "a/last.ckpt") == "a"
+    assert not Path("a/run.lock").exists()
+
+
+def ended():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("changed", [{"pid": ended}, {"started": lambda: "1"}])
+def test_a_writer_that_has_ended_is_replaced(changed):
+    """Also where its number is another process's by now."""
+    finished("a")
+    Path("a/run.lock").write_text(lock_of(**{key: value() for key, value in changed.items()}))
+    assert chosen("a", "a/last.ckpt") == "a"
+    Path("a/run.lock").write_text("{")
+    assert chosen("a", "a/last.ckpt") == "a"
+
+
+def test_a_zombie_has_ended():
+    finished("a")
+    process = subprocess.Popen([sys.executable, "-c", "import os, sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    started = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    Path("a/run.lock").write_text(lock_of(pid=process.pid, started=started))
+    with pytest.raises(ValueError, match=f"a is in use by process {process.pid}"):
+        chosen("a", "a/last.ckpt")
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert chosen("a", "a/last.ckpt") == "a"
+    process.communicate()
+
+
+def test_a_writer_on_another_machine():
+    finished("a")
+    Path("a/run.lock").write_text(lock_of(host="node7"))
+    with pytest.raises(ValueError, match=r"on node7 since .*; if it has ended, remove a/run\.lock"):
+        chosen("a", "a/last.ckpt")
+    Path("b").mkdir()
+    Path("b/run.lock").write_text(lock_of(host="node7"))
+    assert chosen("b") == "b-2"
 
 
 def test_errors():
