@@ -26,13 +26,19 @@ class Writer(NamedTuple):
         host: Its machine.
         pid: Its number there.
         started: Its start in clock ticks since the machine's, as numbers are used again; empty where there is no /proc.
-        since: When it took the folder.
+        since: When it began to.
     """
 
     host: str
     pid: int
     started: str
     since: str
+
+
+def this_process() -> Writer:
+    """This process, from now on."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Writer(socket.gethostname(), os.getpid(), _started(os.getpid()) or "", now)
 
 
 def take(folder: Path) -> Writer | None:
@@ -47,14 +53,12 @@ def take(folder: Path) -> Writer | None:
     Returns:
         None, or another writer that may be under way.
     """
-    with _undisturbed(folder):
+    with undisturbed(folder):
         writer = _read(folder)
-        if writer is not None and _may_be_under_way(writer):
+        if writer is not None and may_be_under_way(writer):
             return writer
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        ours = Writer(socket.gethostname(), os.getpid(), _started(os.getpid()) or "", now)
         with replacing(folder / LOCK) as temporary:
-            temporary.write_text(json.dumps(ours._asdict()), encoding="utf-8")
+            temporary.write_text(json.dumps(this_process()._asdict()), encoding="utf-8")
     return None
 
 
@@ -81,7 +85,8 @@ def _read(folder: Path) -> Writer | None:
         return None
 
 
-def _may_be_under_way(writer: Writer) -> bool:
+def may_be_under_way(writer: Writer) -> bool:
+    """Whether it has not ended, as far as this machine can tell."""
     if writer.host != socket.gethostname():
         return True
     if writer.started:
@@ -105,7 +110,7 @@ def _started(pid: int) -> str | None:
 
 
 @contextmanager
-def _undisturbed(folder: Path) -> Iterator[None]:
+def undisturbed(folder: Path) -> Iterator[None]:
     """No other process looks and takes meanwhile."""
     if fcntl is None:
         yield

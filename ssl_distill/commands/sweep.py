@@ -1,5 +1,6 @@
 """`ssl-distill sweep`: the trials of a wandb sweep file, without a server."""
 
+import ctypes
 import os
 import re
 import shlex
@@ -13,6 +14,7 @@ from typing import Any
 
 from ssl_distill.callbacks.metrics_file import read_metrics
 from ssl_distill.commands.arguments import OneLineParser
+from ssl_distill.commands.lock import Writer, may_be_under_way, this_process, undisturbed
 from ssl_distill.sweeps.boss import choose_elders
 from ssl_distill.sweeps.file import Sweep, read_sweep
 from ssl_distill.sweeps.search import (
@@ -21,6 +23,7 @@ from ssl_distill.sweeps.search import (
     Trial,
     TrialPruned,
     TrialState,
+    draw_again,
     finished,
     grid_of,
     open_study,
@@ -76,9 +79,10 @@ def sweep(args: list[str]) -> None:
     folder = options.output or Path("runs") / f"sweep_{Path(options.file).stem}"
     folder.mkdir(parents=True, exist_ok=True)
     study = open_study(search, folder, options.seed)
-    done = [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
-    if left := total - sum(trial.state != TrialState.FAIL for trial in done):
-        runner = _Runner(search, study, folder, for_fit, options.seed if options.boss else None)
+    with undisturbed(folder):
+        _give_up_orphans(study)
+    if (left := total - _num_done(study)) > 0:
+        runner = _Runner(search, study, folder, for_fit, total, options.seed if options.boss else None)
         study.optimize(runner.run, left, catch=(TrialFailed,), callbacks=[runner.tell])
     best = finished(study)
     if not best:
@@ -96,14 +100,18 @@ class _Runner:
         study: Optuna's.
         folder: Of the search.
         for_fit: Further options of every trial.
+        total: Trials of all processes that search.
         boss_seed: Draws the earlier trials that a trial begins with; None for trials from scratch.
     """
 
-    def __init__(self, search: Sweep, study: Study, folder: Path, for_fit: list[str], boss_seed: int | None) -> None:
+    def __init__(
+        self, search: Sweep, study: Study, folder: Path, for_fit: list[str], total: int, boss_seed: int | None
+    ) -> None:
         self.search = search
         self.study = study
         self.folder = folder
         self.for_fit = for_fit
+        self.total = total
         self.boss_seed = boss_seed
 
     def run(self, trial: Trial) -> float:
@@ -113,6 +121,7 @@ class _Runner:
             TrialFailed: If `fit` ends with an error; `ValueError` if no trial did better before.
         """
         run = self.folder / f"trial_{trial.number:03d}"
+        trial.set_user_attr("searcher", this_process()._asdict())
         values = suggest(trial, self.search.parameters)
         trial.set_user_attr("values", values)
         options = [*self.search.fit_arguments(values), "--trainer.default_root_dir", str(run), *self.for_fit]
@@ -125,9 +134,13 @@ class _Runner:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
+                preexec_fn=_end_with_parent,
             )
             try:
                 self._watch(process, trial, run)
+            except SystemExit:  # the search was asked to end
+                draw_again(self.study, trial.number)
+                raise
             finally:
                 _stop(process)
         if process.returncode:
@@ -175,7 +188,9 @@ class _Runner:
         ]  # fmt: skip
 
     def tell(self, study: Study, trial: FrozenTrial) -> None:
-        """Write the table again, and a line."""
+        """Write the table again, and a line; stop when processes together have made all trials."""
+        if _num_done(study) >= self.total:
+            study.stop()
         trials = [each for each in study.get_trials(deepcopy=False) if each.state.is_finished()]
         rows = [self._row(each) for each in trials]
         write_table(rows, self.folder / "trials.csv")
@@ -197,6 +212,26 @@ class _Runner:
             **(elders if self.boss_seed is not None else {}),
             **trial.user_attrs.get("values", {}),
         }
+
+
+def _num_done(study: Study) -> int:
+    return sum(
+        trial.state.is_finished() and trial.state != TrialState.FAIL for trial in study.get_trials(deepcopy=False)
+    )
+
+
+def _give_up_orphans(study: Study) -> None:
+    """Trials whose search was killed get another try."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        searcher = trial.user_attrs.get("searcher")
+        if searcher is None or not may_be_under_way(Writer(**searcher)):
+            draw_again(study, trial.number)
+
+
+def _end_with_parent() -> None:
+    """In a trial, before it begins: when the search is killed, the trial is asked to end."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _value(trial: FrozenTrial) -> float | None:

@@ -1,20 +1,78 @@
 """Optuna in the terms of a sweep file."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ssl_distill.sweeps.file import Parameter, Sweep
 
 try:
     import optuna
     from optuna import Study, TrialPruned
+    from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
     from optuna.storages.journal import JournalFileBackend
     from optuna.trial import FrozenTrial, Trial, TrialState
 except ImportError as error:
     raise ValueError("`ssl-distill sweep` needs Optuna: pip install 'ssl-distill[sweep]'.") from error
 
 
-__all__ = ["FrozenTrial", "Study", "Trial", "TrialPruned", "TrialState", "finished", "grid_of", "open_study", "suggest"]
+__all__ = [
+    "FrozenTrial",
+    "Study",
+    "Trial",
+    "TrialPruned",
+    "TrialState",
+    "draw_again",
+    "finished",
+    "grid_of",
+    "open_study",
+    "suggest",
+]
+
+
+class DrawnByNumber(BaseSampler):
+    """A sampler whose draws follow from a seed and the number of the trial, and from what earlier trials gave.
+
+    Optuna's own begin their stream of draws again in every process: a search that is gone on with, and processes that
+    share one, would repeat each other's trials.
+
+    Args:
+        make: The sampler, by a seed.
+        seed: Of the search.
+    """
+
+    def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
+        self.make = make
+        self.seed = seed
+        self.sampler = make(seed)
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        """Begin the draws of this trial."""
+        self.sampler = self.make(int(np.random.SeedSequence([self.seed, trial.number]).generate_state(1)[0]))
+        self.sampler.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """The sampler's own."""
+        return self.sampler.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The sampler's own."""
+        return self.sampler.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """The sampler's own."""
+        return self.sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
+        """The sampler's own."""
+        self.sampler.after_trial(study, trial, state, values)
 
 
 def open_study(sweep: Sweep, folder: Path, seed: int) -> Study:
@@ -29,10 +87,10 @@ def open_study(sweep: Sweep, folder: Path, seed: int) -> Study:
         ValueError: If the folder holds a search by another metric.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    samplers: dict[str, Any] = {
-        "bayes": lambda: optuna.samplers.TPESampler(seed=seed),
-        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
-        "grid": lambda: optuna.samplers.GridSampler(grid_of(sweep), seed=seed),
+    samplers: dict[str, Callable[[], BaseSampler]] = {
+        "bayes": lambda: DrawnByNumber(lambda seed: optuna.samplers.TPESampler(seed=seed), seed),
+        "random": lambda: DrawnByNumber(lambda seed: optuna.samplers.RandomSampler(seed=seed), seed),
+        "grid": lambda: optuna.samplers.GridSampler(grid_of(sweep), seed=seed),  # goes by the number itself
     }
     pruner: Any = optuna.pruners.NopPruner()
     if sweep.min_iter is not None:
@@ -88,6 +146,15 @@ def _suggest_one(trial: Trial, name: str, parameter: Parameter) -> Any:
 def _plain(value: Any) -> Any:
     """Lists and mappings as text: Optuna stores numbers, texts, booleans and None."""
     return value if isinstance(value, str | int | float | bool | None) else str(value)
+
+
+def draw_again(study: Study, number: int) -> None:
+    """Give up a trial that was cut short; the next one gets its values."""
+    trial = study.tell(number, state=TrialState.FAIL)
+    if trial.params:
+        kept = {key: value for key, value in trial.system_attrs.items() if key in ("grid_id", "search_space")}
+        again = {**kept, "fixed_params": trial.params}  # as `enqueue_trial` has it, which forgets the place in a grid
+        study.add_trial(optuna.trial.create_trial(state=TrialState.WAITING, system_attrs=again))
 
 
 def finished(study: Study) -> list[FrozenTrial]:

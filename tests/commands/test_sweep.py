@@ -3,15 +3,21 @@
 import csv
 import json
 import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
 from ssl_distill.cli import main
+from ssl_distill.commands.lock import this_process
+from ssl_distill.sweeps.file import read_sweep
 
 pytest.importorskip("optuna")
+from ssl_distill.sweeps.search import open_study
 
 CONFIG = {
     "seed_everything": 1,
@@ -117,6 +123,72 @@ for i, value in enumerate([10.0, 13.0] if first else [1.0, 2.0]):
     (folder / "new").rename(folder / "metrics.csv")
     time.sleep(0.2 if first else 20)
 """
+
+
+SLOW_FIT = """
+import os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[sys.argv.index("--trainer.default_root_dir") + 1])
+folder.mkdir()
+def stop(number, frame):
+    (folder / "asked").write_text(str(int(number)))
+    raise SystemExit(75)
+signal.signal(signal.SIGTERM, stop)
+(folder / "pid.new").write_text(str(os.getpid()))
+(folder / "pid.new").rename(folder / "pid")
+if folder.parent.joinpath("go on").exists():
+    (folder / "metrics.csv").write_text("step,val/teacher/rankme\\n1,2.0\\n")
+    raise SystemExit(0)
+time.sleep(200)
+"""
+SEARCH = """
+import signal, sys
+import ssl_distill.commands.sweep as sweep
+from ssl_distill.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sweep._FIT = ["fit.py"]
+sys.exit(main(["sweep", "sweep.yaml", "--trials", "2", "--output", "found"]))
+"""
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells processes that their parent has ended")
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_a_search_that_is_ended_takes_its_trial_along_and_makes_it_again(desk, capsys, monkeypatch, number, code):
+    (desk / "fit.py").write_text(SLOW_FIT)
+    process = subprocess.Popen([sys.executable, "-c", SEARCH])
+    first = desk / "found/trial_000"
+    wait_for((first / "pid").exists)
+    pid = int((first / "pid").read_text())
+    process.send_signal(number)
+    assert process.wait(100) == code
+    wait_for(lambda: not Path(f"/proc/{pid}").exists())
+    assert (first / "asked").read_text() == str(int(signal.SIGTERM))
+
+    (desk / "found/go on").touch()
+    monkeypatch.setattr("ssl_distill.commands.sweep._FIT", ["fit.py"])
+    assert main(["sweep", "sweep.yaml", "--trials", "2", "--output", "found"]) == 0
+    given_up, again, other = open_study(read_sweep("sweep.yaml"), desk / "found", 0).trials
+    assert [trial.state.name for trial in (given_up, again, other)] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert given_up.params == again.params != other.params
+
+
+def test_a_trial_of_another_process_is_left_to_it(desk, monkeypatch):
+    (desk / "fit.py").write_text(SLOW_FIT)
+    (desk / "found").mkdir()
+    (desk / "found/go on").touch()
+    study = open_study(read_sweep("sweep.yaml"), desk / "found", 0)
+    study.ask().set_user_attr("searcher", this_process()._asdict())
+    monkeypatch.setattr("ssl_distill.commands.sweep._FIT", ["fit.py"])
+    assert main(["sweep", "sweep.yaml", "--trials", "2", "--output", "found"]) == 0
+    assert [trial.state.name for trial in study.trials] == ["RUNNING", "COMPLETE", "COMPLETE"]
 
 
 def test_errors(desk, capsys):

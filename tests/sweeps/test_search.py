@@ -1,12 +1,13 @@
 import csv
+from itertools import chain
 
 import pytest
-from optuna.trial import create_trial
+from optuna.trial import TrialState, create_trial
 from PIL import Image
 
 from ssl_distill.sweeps.boss import choose_elders
 from ssl_distill.sweeps.file import Parameter, Sweep
-from ssl_distill.sweeps.search import finished, grid_of, open_study, suggest
+from ssl_distill.sweeps.search import draw_again, finished, grid_of, open_study, suggest
 from ssl_distill.sweeps.table import draw_parallel, write_table
 
 PARAMETERS = {
@@ -70,6 +71,51 @@ def test_the_worse_half_is_ended(tmp_path):
         ended.append(trial.should_prune())
         study.tell(trial, losses[-1])
     assert ended == [False, True, False]
+
+
+def drawn(study, num):
+    values = []
+    for _ in range(num):
+        trial = study.ask()
+        values.append(suggest(trial, PARAMETERS))
+        study.tell(trial, values[-1]["depth"])
+    return values
+
+
+@pytest.mark.parametrize("method", ["bayes", "random"])
+def test_a_search_that_is_gone_on_with_draws_what_an_undisturbed_one_does(method, tmp_path):
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole = drawn(open_study(search(method), tmp_path / "whole", seed=0), 14)  # 10 of them before there is a model
+    parts = [drawn(open_study(search(method), tmp_path / "parts", seed=0), num) for num in (2, 3, 9)]
+    assert [*chain(*parts)] == whole
+    assert len({values["rate"] for values in whole}) == 14
+    other = open_study(search(method), tmp_path, seed=1)
+    assert not {values["rate"] for values in drawn(other, 14)} & {values["rate"] for values in whole}
+
+
+@pytest.mark.parametrize("method", ["bayes", "random", "grid"])
+def test_processes_that_share_a_search_draw_differently(method, tmp_path):
+    parameters = {"depth": PARAMETERS["depth"], "kind": PARAMETERS["kind"]} if method == "grid" else PARAMETERS
+    studies = [open_study(search(method, parameters), tmp_path, seed=0) for _ in range(2)]
+    trials = [study.ask() for study in studies for _ in range(3)]
+    assert len({str(suggest(trial, parameters)) for trial in trials}) == 6
+
+
+@pytest.mark.parametrize("method", ["random", "grid"])
+def test_a_trial_that_was_cut_short_is_made_again(method, tmp_path):
+    parameters = {"depth": PARAMETERS["depth"], "kind": PARAMETERS["kind"]}
+    study = open_study(search(method, parameters), tmp_path, seed=0)
+    drawn_first = suggest(cut := study.ask(), parameters)
+    draw_again(study, cut.number)
+    assert study.trials[0].state == TrialState.FAIL
+    again = open_study(search(method, parameters), tmp_path, seed=0)
+    trial = again.ask()
+    assert suggest(trial, parameters) == drawn_first
+    again.tell(trial, 1.0)
+    if method == "grid":
+        again.optimize(lambda trial: float(suggest(trial, parameters)["depth"]), 11)
+        assert len({tuple(trial.params.values()) for trial in finished(again)}) == 12
 
 
 def test_another_metric_is_refused(tmp_path):
