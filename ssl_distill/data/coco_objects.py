@@ -91,6 +91,9 @@ class CocoObjectsData(ImageData):
         """Read the annotations and check that the images are there."""
         files, names = self._files(self.annotations, self.images)
         self.class_names, self.num_classes = names, len(names) or None
+        pictures = [str(image.path.relative_to(self.images)) for image in files.images]
+        lie_in = [files.source.file(position) for position in files.in_source]
+        self.training_files = ["annotations", *pictures], [self.annotations, *lie_in]
         bank: Sequence[int] = files.with_objects()
         if self.val_images and self.val_annotations:
             val_files, val_names = self._files(self.val_annotations, self.val_images)

@@ -96,6 +96,7 @@ class ImageFolderData(ImageData):
             num_queries = min(self.query_size, max(1, len(query_order) // 5))
             bank_order, query_order = query_order[num_queries:] or query_order, query_order[:num_queries]
         classes = f"{self.num_classes} classes" if names else "no labels"
+        self.training_files = [file.inner_path for file in found], [source.file(file.position) for file in found]
         rank_zero_info(f"{len(found)} images in {self.root}, {classes}")
         return ImageParts(
             BatchSet(train.image_batch, range(len(found))),

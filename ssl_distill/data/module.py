@@ -6,11 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ssl_distill.augment.base import CutBatch, ViewAugment
 from ssl_distill.augment.crops import cut_crops, whole_image
+from ssl_distill.data.changes import changes, fingerprint
 from ssl_distill.data.loader_process import outlive_requests
 from ssl_distill.data.resume import resumed
 from ssl_distill.data.sampler import EpochSampler
@@ -117,7 +120,13 @@ class EvaluatedData(LightningDataModule, ABC):
         bank_size: Most samples that evaluators learn from.
         query_size: Most samples that evaluators predict.
         seed: Of everything random about the data; None is the run's, as `seed_everything` left it.
+
+    Attributes:
+        training_files: Names of what is trained on, the same wherever the data lie, and the file of each; none where
+            data are made. Known after `setup`.
     """
+
+    training_files: tuple[Sequence[str], Sequence[str]] = ((), ())
 
     def __init__(
         self,
@@ -139,11 +148,29 @@ class EvaluatedData(LightningDataModule, ABC):
         self.bank_size = bank_size
         self.query_size = query_size
         self._seed = seed
+        self._fingerprint: Tensor | None = None
 
     @property
     def seed(self) -> int:
         """What everything random about the data follows from."""
         return run_seed() if self._seed is None else self._seed
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the files were, for a run that goes on."""
+        if self._fingerprint is None:
+            self._fingerprint = fingerprint(*self.training_files)
+        return {"training_files": self._fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Say which files have changed; a run goes on with the data as they are."""
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        changed = changes(state_dict["training_files"], self.state_dict()["training_files"], self.training_files[0])
+        if changed:
+            rank_zero_warn(
+                f"the training files have changed since the checkpoint: {changed}. The run goes on with them as they"
+                " are, not as it would have with the old ones."
+            )
 
     def _loader(self, dataset: Any, batch_size: int, sampler: Any = None) -> DataLoader:
         """A loader of a data set that makes whole batches itself."""

@@ -56,6 +56,10 @@ class ImageSource(ABC):
     def where(self, position: int) -> str:
         """The place, for messages: one line."""
 
+    @abstractmethod
+    def file(self, position: int) -> str:
+        """The file that holds it, whose size and time tell whether it was replaced."""
+
     def check(self, position: int) -> None:  # noqa: B027  # most sources know only when they read
         """Find out whether there is anything to read, without reading it.
 
@@ -77,6 +81,10 @@ class FileSource(ImageSource):
     def where(self, position: int) -> str:
         """The file."""
         return escaped(self.paths[position])
+
+    def file(self, position: int) -> str:
+        """The file."""
+        return self.paths[position]
 
     def check(self, position: int) -> None:
         """Refuse what is no file: FIFOs, devices, links that lead nowhere."""
@@ -116,6 +124,10 @@ class TarSource(ImageSource):
         if key not in self._opened:
             self._opened[key] = os.open(self.shards[member.shard], os.O_RDONLY)
         return os.pread(self._opened[key], member.num_bytes, member.offset)
+
+    def file(self, position: int) -> str:
+        """The tar."""
+        return str(self.shards[self.members[position].shard])
 
     def where(self, position: int) -> str:
         """Tar and member."""
@@ -159,6 +171,10 @@ class LitDataSource(ImageSource):
         if not isinstance(image, (bytes, memoryview)):
             raise OSError(f"cannot read {self.where(position)}: its item holds no bytes `image`")
         return bytes(image)
+
+    def file(self, position: int) -> str:
+        """The index of the shards, which is made last."""
+        return str(self.root / "index.json")
 
     def where(self, position: int) -> str:
         """Folder and item."""

@@ -286,5 +286,10 @@ class MixedLidarData(LidarData):
         """The training frames of all, evaluation frames of the first."""
         loaded = [member.load() for member in self.members]
         self.class_names = self.members[0].class_names
+        of_members = [member.training_files for member in self.members]
+        self.training_files = (
+            [f"{number}/{name}" for number, (names, _) in enumerate(of_members) for name in names],
+            [file for _, files in of_members for file in files],
+        )
         train: Any = ConcatDataset(cast(Any, [parts.train for parts in loaded]))
         return LidarParts(train, loaded[0].bank, loaded[0].queries)

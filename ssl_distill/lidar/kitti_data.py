@@ -1,5 +1,8 @@
 """KITTI and SemanticKITTI as data modules."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from ssl_distill.data.corrupt import OnCorrupt
 from ssl_distill.lidar.data import LidarData, LidarParts
 from ssl_distill.lidar.preparation import Preparation
@@ -52,6 +55,7 @@ class SemanticKITTIData(LidarData):
     def load(self) -> LidarParts:
         """List the scans."""
         train = SemanticKITTI(self.root, self.train_sequences, self.train_every)
+        self.training_files = _files(train.scans)
         if not train.has_labels:
             return LidarParts(train, None, None)
         self.class_names = tuple(CLASSES)
@@ -86,4 +90,11 @@ class KITTIObjectData(LidarData):
 
     def load(self) -> LidarParts:
         """List the scans."""
-        return LidarParts(KITTIObject(self.root), None, None)
+        train = KITTIObject(self.root)
+        self.training_files = _files(train.scans)
+        return LidarParts(train, None, None)
+
+
+def _files(scans: Sequence[Path]) -> tuple[list[str], list[str]]:
+    """Sequence, folder and name of every scan, and the file."""
+    return ["/".join(scan.parts[-3:]) for scan in scans], [str(scan) for scan in scans]

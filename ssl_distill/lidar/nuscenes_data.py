@@ -1,5 +1,7 @@
 """nuScenes as a data module."""
 
+from pathlib import Path
+
 from ssl_distill.data.corrupt import OnCorrupt
 from ssl_distill.lidar.data import LidarData, LidarParts, chosen
 from ssl_distill.lidar.nuscenes import CLASSES, NuScenes, scene_names
@@ -59,6 +61,8 @@ class NuScenesData(LidarData):
         """Read the tables, or what the cache holds of them."""
         train_scenes = scene_names("train", self.version, self.train_scenes)
         frames = NuScenes(self.root, train_scenes, self.version)
+        tables = sorted((Path(self.root).expanduser() / self.version).glob("*.json"))  # of names that are never reused
+        self.training_files = [table.name for table in tables], [str(table) for table in tables]
         train = chosen(frames, range(0, len(frames), self.train_every))
         if not frames.has_labels:
             return LidarParts(train, None, None)

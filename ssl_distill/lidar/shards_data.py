@@ -99,6 +99,7 @@ class LidarShardsData(LidarData):
         """Frames by their positions in the shards."""
         facts = _read_table(self.root)
         frames = ShardFrames(self.root, facts["num_frames"])
+        self.training_files = ["index.json"], [str(self.root / "index.json")]
         bank, queries = (None if facts[part] is None else chosen(frames, facts[part]) for part in ("bank", "queries"))
         return LidarParts(chosen(frames, facts["train"]), bank, queries)
 
