@@ -430,6 +430,6 @@ def test_debug_shows_the_traceback(tiny, monkeypatch):
         main(["fit", "-c", tiny, "--trainer.max_epoch", "1"])
 
 
-def test_debug_shows_the_traceback():
+def test_debug_is_an_argument_too():
     with pytest.raises(ValueError, match="there is no command 'fitt'"):
         main(["fitt", "--debug"])
