@@ -78,6 +78,7 @@ READERS = {
         "torch.distributed.checkpoint.DefaultLoadPlanner": SHARDS,
         "torch.distributed.checkpoint.planner.ReadItem": "a type",
         "torch.distributed.checkpoint.metadata.Metadata": "a type",
+        "torch.distributed.checkpoint.metadata.TensorStorageMetadata": "a type",
         "torch.distributed.checkpoint.api.CheckpointException": "an error",
         "torch.distributed.checkpoint._nested_dict.unflatten_state_dict": "in memory",
     },
@@ -450,6 +451,23 @@ def test_classes_from_elsewhere(case, run, evil_module, capsys, monkeypatch):
         assert re.search(refused, message), message
     if case != "another file":  # which `fit` never leaves
         assert main(["report", "."]) == 0  # and imports nothing
+
+
+def test_nothing_is_made_where_anything_may_stand(run, evil, capsys):
+    """torch has a class that starts a program: of a known package, and no subclass of anything that is asked for."""
+    program = {
+        "class_path": "torch.distributed.elastic.multiprocessing.subprocess_handler.SubprocessHandler",
+        "init_args": {"entrypoint": "mkdir", "args": [str(evil.mark)], "local_rank_id": 0}
+        | dict.fromkeys(("stdout", "stderr"), None)
+        | {"env": {}},
+    }
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for key in ("backbone_kwargs", "head", "optimizer", "augment"):
+        model = {**config["model"]["init_args"], key: {"any": program} if key == "backbone_kwargs" else program}
+        changed = {**config, "model": {**config["model"], "init_args": model}}
+        (run / "config.yaml").write_text(yaml.safe_dump(changed))
+        assert key in error_of(["validate", "-c", str(run / "config.yaml")], capsys)
+        assert key in error_of(["export", str(run / "last.ckpt")], capsys)
 
 
 def test_trust(run, evil_module, capsys):

@@ -39,6 +39,7 @@ from ssl_distill.methods.mokd import MOKD, Learner
 from ssl_distill.methods.pcd import PCD
 from ssl_distill.optim.lars import LARS
 from ssl_distill.optim.schedules import Cosine, EpochCosine
+from ssl_distill.reading.shards import check_shards
 from ssl_distill.sharded_strategy import ShardedStrategy
 from ssl_distill.sharding import whole_state_dict
 
@@ -269,6 +270,9 @@ def test_one_device_goes_on_from_shards_and_the_reverse(runs, name):
     expected, _ = whole[name]
     checkpoint = folder / name / "two" / MIDWAY[name]
     assert checkpoint.is_dir() == (name in IN_SHARDS)
+    if checkpoint.is_dir():
+        check_shards(checkpoint)
+        assert {f"checksums-{rank}.json" for rank in range(2)} <= {path.name for path in checkpoint.iterdir()}
     assert_same(fit(name, folder / "again", ckpt_path=checkpoint)[0].state_dict(), expected)
     results = torch.load(folder / name / "rank0.pt")
     assert_same(results["resumed"], expected)

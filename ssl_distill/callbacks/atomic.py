@@ -70,5 +70,5 @@ def remove_stale(path: Path, newest: Path) -> None:
                     shutil.rmtree(left)
                 else:
                     left.unlink()
-            except FileNotFoundError:
-                continue  # its writer has just finished, or another one removed it
+            except OSError:
+                continue  # its writer has just finished, or it is another user's

@@ -11,7 +11,13 @@ def import_known_only() -> None:
     """
     from jsonargparse import set_parsing_settings  # only now: `convert` answers wrong options without it
 
-    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=list(_KNOWN))
+    set_parsing_settings(
+        import_path_denylist=["*"],
+        import_path_allowlist=list(_KNOWN),
+        # Where anything may stand, as in `backbone_kwargs`, it would make any class of theirs, such as torch's that
+        # starts a program.
+        instantiate_subclass_spec_in_any=False,
+    )
 
 
 def take_trust(options: list[str]) -> list[str]:

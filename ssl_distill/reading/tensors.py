@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 _ZIP = b"PK\x03\x04"
+_DOS_FOLDER = 0x10
 _UNREADABLE = "is damaged, perhaps cut off, or no file of torch.save"
 
 
@@ -71,8 +72,12 @@ def find_damage(path: str | Path) -> str | None:
     try:
         with ZipFile(path) as content:
             entry = content.testzip()
+            # torch takes an entry with this attribute for a folder, and leaves its tensor unfilled.
+            folder = next((info.filename for info in content.infolist() if info.external_attr & _DOS_FOLDER), None)
     except Exception as error:  # a damaged header may ask for a password, another compression, a place before 0 ...
         return _first_line(error)
+    if folder is not None:
+        return f"its entry {folder!r} is a folder"
     return None if entry is None else f"the checksum of its entry {entry!r} does not fit"
 
 
