@@ -2,8 +2,12 @@
 
 from torch import nn
 
+from ssl_distill.augment.color import ColorRecipe
+from ssl_distill.augment.crops import check_recipes
 from ssl_distill.augment.kornia_recipe import KorniaRecipe
 from ssl_distill.augment.multi_crop import IMAGENET_MEAN, IMAGENET_STD, MultiCropAugment
+
+_NOTHING = ColorRecipe(jitter_probability=0.0, greyscale_probability=0.0, blur_probability=0.0)
 
 
 class KorniaViews(MultiCropAugment):
@@ -50,9 +54,12 @@ class KorniaViews(MultiCropAugment):
             local_scale,
             ratio,
             flip_probability,
-            KorniaRecipe(global_1),
-            KorniaRecipe(global_1 if global_2 is None else global_2),
-            KorniaRecipe(global_1 if local is None else local),
+            _NOTHING,
+            _NOTHING,
+            _NOTHING,
             mean,
             std,
         )
+        self.global_recipes = [KorniaRecipe(each) for each in (global_1, global_1 if global_2 is None else global_2)]
+        self.local_recipes = [KorniaRecipe(global_1 if local is None else local)] * num_local
+        check_recipes([*self.global_recipes, *self.local_recipes], mean)

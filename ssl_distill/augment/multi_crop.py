@@ -54,9 +54,9 @@ class MultiCropAugment(ViewAugment[MultiCrop]):
         local_scale: tuple[float, float] = (0.05, 0.4),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip_probability: float = 0.5,
-        global_recipe_1: Recipe = GLOBAL_1,
-        global_recipe_2: Recipe = GLOBAL_2,
-        local_recipe: Recipe = LOCAL,
+        global_recipe_1: ColorRecipe = GLOBAL_1,  # not Recipe: jsonargparse would forget a union's default
+        global_recipe_2: ColorRecipe = GLOBAL_2,
+        local_recipe: ColorRecipe = LOCAL,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
     ) -> None:
@@ -73,8 +73,8 @@ class MultiCropAugment(ViewAugment[MultiCrop]):
         self.global_size = global_size
         self.local_size = local_size
         self.num_local = num_local
-        self.global_recipes = [global_recipe_1, global_recipe_2]
-        self.local_recipes = [local_recipe] * num_local
+        self.global_recipes: list[Recipe] = [global_recipe_1, global_recipe_2]
+        self.local_recipes: list[Recipe] = [local_recipe] * num_local
         self.mean = mean
         self.std = std
 

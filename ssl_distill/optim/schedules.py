@@ -60,15 +60,14 @@ def check_values(least: float, most: float = math.inf, above: bool = False, **kn
         ValueError: If one does.
     """
     for name, knob in knobs.items():
-        ends = [knob] if isinstance(knob, (int, float)) else [getattr(knob, end, None) for end in _ENDS]
+        warms_up = getattr(knob, "warmup_epochs", 0) > 0
+        names = ("start", "end", "warmup_from") if warms_up else ("start", "end")
+        ends = [knob] if isinstance(knob, (int, float)) else [getattr(knob, end, None) for end in names]
         for value in ends:
             if value is not None and not (least < value <= most or (value == least and not above)):
                 rule = f"at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
                 rule = f"above {least:g}" if above else rule
                 raise ValueError(f"`{name}` must be {rule}, got {value}.")
-
-
-_ENDS = ("start", "end", "warmup_from")
 
 
 @dataclass(frozen=True)
