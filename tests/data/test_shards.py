@@ -223,3 +223,15 @@ def test_shards_are_not_made_twice(folder, shards):
     (shards / "images.csv").write_text("path,label\na.jpg,\n")
     with pytest.raises(ValueError, match=r"holds 20 items, its images.csv 1"):
         data_of(shards).parts  # noqa: B018
+
+
+def test_names_that_are_files_here_are_names(folder, tmp_path, monkeypatch):
+    """LitData takes text for a file where there is one of that name, and would pack it again."""
+    pytest.importorskip("litdata")
+    monkeypatch.chdir(folder)
+    assert main(["data", "optimize", ".", str(tmp_path / "inside"), "--workers", "0"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "optimize", "folder", str(tmp_path / "outside"), "--workers", "0"]) == 0
+    sizes = [sum(path.stat().st_size for path in (tmp_path / name).glob("*.bin")) for name in ("inside", "outside")]
+    assert sizes[0] == sizes[1]
+    assert_same_batches(data_of("inside").train_dataloader(), data_of("folder").train_dataloader())
