@@ -299,7 +299,7 @@ def test_errors(tmp_path, unchecked):
     with pytest.raises(ValueError, match=r"`annotations` .*none\.json does not exist"):
         CocoBoxes(tmp_path, tmp_path / "none.json")
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"`annotations` .*other\.json must be COCO's json"):
+    with pytest.raises(ValueError, match=r"other\.json .*`images`, got None"):
         CocoBoxes(tmp_path, tmp_path / "other.json")
     with pytest.raises(ValueError, match="must give every object a `category_id` of its categories"):
         CocoBoxes(tmp_path, coco_json(tmp_path, categories=[]))
